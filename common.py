@@ -1,0 +1,1214 @@
+"""What every stage of SpatialLadder (arXiv 2510.08531) shares, in reading order:
+
+1 examples   rows of JSONL -> Example -> Scene (pictures + the questions asked about them)
+2 prompts    the text of a conversation, and what the model is asked to write
+3 pictures   files -> patches, and boxes between original and resized pixels
+4 backbone   load, adapt (LoRA or full), merge, save a Qwen2.5-VL
+5 branches   encode a scene once, branch the questions: the two central functions
+6 scoring    text -> answer -> score in [0, 1]; the reward in stage 3 and the metric in eval
+7 runs       settings, processes, schedule, metrics, curves, checkpoints, the SFT loop
+
+No stage imports another stage; this file imports none of them.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import (
+    AttentionInterface,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    DynamicCache,
+    HfArgumentParser,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+# ------------------------------------------------------------------------------------------------
+# 1. Examples
+# ------------------------------------------------------------------------------------------------
+
+CHOICE_TYPES = ("relative direction", "relative distance", "appearance order")
+NUMERIC_TYPES = ("absolute distance", "object size", "object count", "room size")
+FILES = {
+    "locate": "spld_grounding_data.jsonl",
+    "spatial": "spld_spatial_data.jsonl",
+    "coldstart": "spld_coldstart_data.jsonl",
+    "worked": "toy_worked_data.jsonl",  # the toy's own: thoughts without tags, see stage2_understand.py
+}
+
+
+@dataclass
+class Example:
+    """One question. `answer` is a letter, a number as text, or (locate) a list of boxes in original pixels."""
+
+    id: str
+    images: tuple  # absolute paths, in the order in which they are shown
+    data_type: str  # single_image, multi_view, video
+    question_type: str  # one of the seven, or "locate", "coldstart", "worked"
+    question: str  # without options
+    options: list | None  # ["A. left", ...]
+    answer: object
+    solution: str = ""  # coldstart and worked rows: the whole text to be learnt
+
+
+@dataclass
+class Scene:
+    """The pictures that several examples share, and those examples."""
+
+    images: tuple
+    data_type: str
+    examples: list
+    encoded: object = None  # the Prefix of these pictures, kept when the vision tower is frozen and small
+
+
+def read_jsonl(path):
+    """Read a JSON-lines file into a list of dicts.
+
+    Raises SystemExit naming the file (missing or empty) or the line (broken JSON, not an object).
+    """
+    path, rows = Path(path), []
+    if not path.is_file():
+        raise SystemExit(f"{path} is missing. Make it with stage0_data.py, or point --data at the folder that has it.")
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise SystemExit(f"{path} line {number} is not JSON ({error}). Mend or delete that line.") from None
+            if not isinstance(row, dict):
+                raise SystemExit(f"{path} line {number} is not an object but {line[:40]!r}.")
+            rows.append(row)
+    if not rows:
+        raise SystemExit(f"{path} has no rows.")
+    return rows
+
+
+def read_examples(data, kind):
+    """Read one file of the released schema: kind is "locate", "spatial", "coldstart" or "worked".
+
+    Strips `<image>` from questions, sorts video frames by their number (the released files hold them in string
+    order), and checks that every field is there and every picture exists inside `data/images`.
+    Raises SystemExit naming file, line and what is wrong.
+    """
+    data = Path(data)
+    path, root, examples = data / FILES[kind], (data / "images").resolve(), []
+    text_fields = {"locate": ("question",), "spatial": ("question", "question_type", "answer")}.get(kind, ("prompt", "solution"))
+    for number, row in enumerate(read_jsonl(path), 1):
+        where = f"{path} row {number} (question_id {row.get('question_id')})"
+        for name in (*text_fields, "image", "data_type"):
+            if not row.get(name):
+                raise SystemExit(f"{where}: field {name!r} is missing or empty.")
+        names = [row["image"]] if isinstance(row["image"], str) else list(row["image"])
+        if row["data_type"] == "video":
+            names.sort(key=lambda name: int(re.sub(r"\D", "", Path(name).stem) or 0))
+        images = tuple(str((root / name).resolve()) for name in names)
+        for name, image in zip(names, images):
+            if not image.startswith(str(root) + os.sep):
+                raise SystemExit(f"{where}: picture {name!r} lies outside {root}.")
+            if not os.path.isfile(image):
+                raise SystemExit(f"{where}: picture {image} does not exist. Download or unpack the images first.")
+        question_type = row["question_type"] if kind == "spatial" else kind
+        question = row.get("question", row.get("prompt")).replace("<image>", "").strip()
+        example = Example(
+            id=f"{path.stem}:{number}", images=images, data_type=row["data_type"], question_type=question_type,
+            question=question, options=row.get("options"), answer=row.get("answer"), solution=row.get("solution", ""),
+        )  # fmt: skip
+        check_answer(example, where)
+        examples.append(example)
+    return examples
+
+
+def check_answer(example, where):
+    """Raise SystemExit (starting with `where`) if the answer of `example` cannot be scored."""
+    kind, answer = example.question_type, example.answer
+    if kind in CHOICE_TYPES:
+        if not example.options or answer not in [option[:1] for option in example.options]:
+            raise SystemExit(f"{where}: answer {answer!r} is not the letter of one of the options {example.options}.")
+    elif kind in NUMERIC_TYPES:
+        if parse_number(answer) is None:
+            raise SystemExit(f"{where}: answer {answer!r} of a numeric question is not a number.")
+    elif kind == "locate":
+        for box in answer if isinstance(answer, list) and answer else [None]:
+            corners = box.get("bbox_2d") if isinstance(box, dict) and isinstance(box.get("label"), str) else None
+            if not valid_box(corners):
+                raise SystemExit(f'{where}: {box} is not {{"bbox_2d": [x1, y1, x2, y2], "label": ...}} with x1 < x2, y1 < y2.')
+    elif kind not in ("coldstart", "worked"):
+        raise SystemExit(f"{where}: unknown question_type {kind!r}; known: {', '.join(CHOICE_TYPES + NUMERIC_TYPES)}.")
+
+
+def group_scenes(examples):
+    """Group examples that show the same pictures in the same way: list of Scene, in order of first appearance."""
+    scenes = {}
+    for example in examples:
+        key = (example.data_type, example.images)
+        scenes.setdefault(key, Scene(example.images, example.data_type, [])).examples.append(example)
+    return list(scenes.values())
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. Prompts
+# ------------------------------------------------------------------------------------------------
+
+SYSTEM = "You are a helpful assistant."
+INSTRUCTIONS = {
+    "locate": "List each object's box and label as JSON.",
+    "direct": "Answer with the letter or number only.",
+    "work": "Locate the objects, then answer.",
+    "think": "First think inside <think> </think>, then answer inside <answer> </answer>.",
+}
+BRANCH_END = "<|im_end|>\n<|im_start|>assistant\n"  # closes the question and opens the answer
+STOP = "<|im_end|>"
+
+
+def prompt_text(example, mode):
+    """The user's words for `example` in one of the modes of INSTRUCTIONS, without pictures."""
+    options = "\nOptions:\n" + "\n".join(example.options) if example.options else ""
+    return f"{example.question}{options}\n{INSTRUCTIONS[mode]}"
+
+
+def boxes_text(boxes):
+    """Compact JSON of a list of boxes. The keys keep the order of the row: the released files put bbox_2d first (as
+    Qwen2.5-VL does), the toy puts label first (so that the name is written before its numbers)."""
+    return json.dumps(boxes, separators=(",", ":"), ensure_ascii=False)
+
+
+def picture_text(grids, merge, video):
+    """The placeholder tokens of a scene's pictures: one pad for each merge x merge square of patches.
+
+    grids: (pictures, 3) of t, h, w in patches. A video is one grid whose t counts pairs of frames.
+    """
+    pad = "<|video_pad|>" if video else "<|image_pad|>"
+    return "".join(f"<|vision_start|>{pad * int(t * h * w // merge**2)}<|vision_end|>" for t, h, w in grids)
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. Pictures
+# ------------------------------------------------------------------------------------------------
+
+
+def load_image(path):
+    """Open a picture as RGB. Raises SystemExit naming the path if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise SystemExit(f"{path} cannot be read as a picture ({error}). Replace it or remove its rows.") from None
+
+
+def read_video(path, frames):
+    """`frames` pictures at equal steps from an mp4, first and last included, in temporal order (through decord)."""
+    import decord  # here, because only mp4 files need it
+
+    reader = decord.VideoReader(str(path))
+    picks = np.linspace(0, len(reader) - 1, min(frames, len(reader))).round().astype(int)
+    return [Image.fromarray(frame) for frame in reader.get_batch(picks).asnumpy()]
+
+
+def picture_patches(processor, images, video=False):
+    """Pictures -> patches for the vision tower.
+
+    Returns pixels (N, channels * 2 * 14 * 14) float32 and grids (pictures, 3) of t, h, w in patches. A video is ONE
+    grid: two consecutive frames share a temporal patch, an odd number of frames repeats the last.
+    """
+    if not video:
+        out = processor(images=images, return_tensors="pt")
+        return out["pixel_values"], out["image_grid_thw"]
+    images = images + images[-1:] * (len(images) % 2)
+    out = processor(images=images, return_tensors="pt")
+    t, h, w = len(images) // 2, *out["image_grid_thw"][0, 1:].tolist()
+    # The processor repeats a still picture in both halves of a temporal patch; take one half from each frame.
+    pixels = out["pixel_values"].view(t, 2, h * w, 3, 2, -1)  # (pairs, frame of pair, patches, channels, half, 14*14)
+    pixels = torch.stack([pixels[:, 0, :, :, 0], pixels[:, 1, :, :, 1]], dim=3)  # (pairs, patches, channels, 2, 14*14)
+    return pixels.reshape(t * h * w, -1), torch.tensor([[t, h, w]])
+
+
+def resized_size(processor, width, height):
+    """Width and height, multiples of 28, to which the processor resizes a picture of width x height pixels."""
+    height, width = smart_resize(
+        height, width, processor.patch_size * processor.merge_size,
+        processor.size["shortest_edge"], processor.size["longest_edge"],
+    )  # fmt: skip
+    return width, height
+
+
+def valid_box(box):
+    """Whether `box` is [x1, y1, x2, y2], finite, not reversed."""
+    if not isinstance(box, (list, tuple)) or len(box) != 4:
+        return False
+    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in box):
+        return False
+    return box[0] < box[2] and box[1] < box[3]
+
+
+def scale_box(box, source, target):
+    """A box in pixels of a picture of size source = (width, height) -> integer pixels of size target, clipped."""
+    (sw, sh), (tw, th) = source, target
+    x1, y1, x2, y2 = box
+    return [round(min(max(value * t / s, 0), t)) for value, s, t in zip((x1, y1, x2, y2), (sw, sh, sw, sh), (tw, th, tw, th))]
+
+
+def boxes_for_model(processor, example):
+    """The boxes of a locate example in pixels of the RESIZED picture, which is what Qwen2.5-VL is trained on."""
+    with Image.open(example.images[0]) as image:
+        source = image.size
+    target = resized_size(processor, *source)
+    return [box | {"bbox_2d": scale_box(box["bbox_2d"], source, target)} for box in example.answer]
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Backbone
+# ------------------------------------------------------------------------------------------------
+
+# Only the language model: short names ("q_proj") would also hit the MLP of the vision tower.
+LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+def load_backbone(path, load="bf16", min_pixels=None, max_pixels=None, device="cpu"):
+    """Load a Qwen2.5-VL folder or hub id for use with the branch functions.
+
+    load: "fp32", "bf16" or "4bit" (nf4; vision tower and head stay bf16). Pixel limits default to the folder's own.
+    Returns a namespace: model, tokenizer, processor (the PIL image processor: Qwen2_5_VLProcessor needs torchvision),
+    stop (ids that end a completion), suppress (ids never sampled), path.
+    Raises SystemExit if the folder has no model or no tokenizer.
+    """
+    if (Path(path).exists() or str(path).startswith((".", "/", "runs"))) and not (Path(path) / "config.json").is_file():
+        raise SystemExit(f"{path} holds no model (config.json is missing). Run the stage before this one, or give --model.")
+    kwargs = {"dtype": torch.float32 if load == "fp32" else torch.bfloat16}
+    if load == "4bit":
+        # "visual" alone skips nothing: the modules are named from the top.
+        skip = ["model.visual", "lm_head"]
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=skip,
+        )  # fmt: skip
+        kwargs["device_map"] = {"": device}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            path, attn_implementation={"": "sdpa", "text_config": "branches"}, use_safetensors=True, **kwargs
+        )
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} cannot be loaded as Qwen2.5-VL with tokenizer and image processor: {error}") from None
+    if load == "4bit":
+        for module in model.modules():
+            # On CPUs with AVX512-BF16 an eval forward repacks the weights in place, and training after it silently
+            # loses gradients. GRPO samples in eval and trains in train: forbid the repacking.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    else:
+        model.to(device)
+    processor.size = {
+        "shortest_edge": min_pixels or processor.size["shortest_edge"],
+        "longest_edge": max_pixels or processor.size["longest_edge"],
+    }
+    ids = tokenizer.convert_tokens_to_ids
+    return SimpleNamespace(
+        model=model.eval(), tokenizer=tokenizer, processor=processor, path=str(path), device=torch.device(device),
+        stop=[ids(STOP), ids("<|endoftext|>")],
+        suppress=[ids(f"<|{name}|>") for name in ("vision_start", "vision_end", "image_pad", "video_pad")],
+    )  # fmt: skip
+
+
+def core(model):
+    """The Qwen2_5_VLForConditionalGeneration inside a PEFT wrapper (LoRA layers are put in place, so calling the core
+    still runs the adapter)."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def adapt(backbone, settings):
+    """Make the backbone trainable, in place, as `tune`, `lora_rank`, `lora_alpha`, `train_vision` and `checkpointing` of
+    TrainSettings say. Prints how much is trained.
+
+    The vision tower stays frozen (and then runs under no_grad, storing nothing) unless train_vision.
+    """
+    model = backbone.model
+    if settings.tune == "lora":
+        model = backbone.model = get_peft_model(model, LoraConfig(
+            r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
+        ))  # fmt: skip
+    else:
+        model.requires_grad_(True)
+        model.model.visual.requires_grad_(settings.train_vision)
+    if settings.checkpointing:
+        core(model).gradient_checkpointing_enable({"use_reentrant": False})
+    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    adapted = sum(hasattr(module, "lora_A") for module in model.modules())
+    say(f"training {sum(trained):,} of {sum(p.numel() for p in model.parameters()):,} parameters"
+        + (f" in {adapted} LoRA modules" if adapted else ""))  # fmt: skip
+
+
+def save_model(backbone, folder):
+    """Merge the adapter and write `folder`/model as a plain Hugging Face folder, the adapter beside it.
+
+    A 4-bit model is merged into its bf16 weights, loaded again on the CPU: never into the 4-bit ones.
+    """
+    folder, model = Path(folder), backbone.model
+    if isinstance(model, PeftModel):
+        model.save_pretrained(folder / "adapter")
+        if getattr(core(model), "is_loaded_in_4bit", False):
+            plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(backbone.path, dtype=torch.bfloat16)
+            model = PeftModel.from_pretrained(plain, folder / "adapter").merge_and_unload()
+        else:
+            model = model.merge_and_unload()
+    model.save_pretrained(folder / "model")
+    backbone.tokenizer.save_pretrained(folder / "model")
+    backbone.processor.save_pretrained(folder / "model")
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Branches: encode a scene once, branch the questions
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Prefix:
+    """What all branches of a scene share: system words, pictures, and (for a rollout) the question."""
+
+    ids: torch.Tensor  # (P,) token ids, with a pad token for each picture token
+    positions: torch.Tensor  # (3, P) M-RoPE positions: time, height, width
+    features: torch.Tensor | None  # (picture tokens, width) from the vision tower
+
+
+@lru_cache(maxsize=200_000)
+def encode_text(tokenizer, text):
+    """Token ids of `text`, as a tuple. Pieces of a conversation meet at special tokens, so encoding them apart and
+    joining is the same as encoding the whole."""
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def encode_scenes(backbone, scenes, keep=False):
+    """Run the vision tower once over all pictures of `scenes`: a list of Prefix (system words + pictures).
+
+    keep: remember the result in each scene; for small pictures and a frozen tower only.
+    """
+    model, merge = core(backbone.model).model, backbone.processor.merge_size
+    fresh, patches = [scene for scene in scenes if scene.encoded is None], []
+    for scene in fresh:
+        pictures = [load_image(path) for path in scene.images]
+        patches.append(picture_patches(backbone.processor, pictures, scene.data_type == "video"))
+    prefixes = {}
+    if fresh:
+        trained = any(parameter.requires_grad for parameter in model.visual.parameters())
+        pixels = torch.cat([pixels for pixels, _ in patches]).to(backbone.device, model.visual.dtype)
+        grids = torch.cat([grids for _, grids in patches]).to(backbone.device)
+        with contextlib.nullcontext() if trained and torch.is_grad_enabled() else torch.no_grad():
+            features = model.visual(pixels, grid_thw=grids).pooler_output  # (all picture tokens, width)
+        counts = [int(g.prod(-1).sum()) // merge**2 for _, g in patches]
+        for scene, (_, grids), part in zip(fresh, patches, features.split(counts)):
+            video = scene.data_type == "video"
+            words = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n" + picture_text(grids, merge, video)
+            ids = torch.tensor(encode_text(backbone.tokenizer, words))
+            kinds = (ids == model.config.image_token_id).int() + 2 * (ids == model.config.video_token_id).int()
+            where = {"video_grid_thw" if video else "image_grid_thw": grids}
+            positions, _ = model.get_rope_index(ids[None], mm_token_type_ids=kinds[None], **where)
+            prefixes[id(scene)] = Prefix(ids.to(backbone.device), positions[:, 0].to(backbone.device), part)
+            if keep:
+                scene.encoded = prefixes[id(scene)]
+    return [scene.encoded or prefixes[id(scene)] for scene in scenes]
+
+
+def text_positions(prefix, count):
+    """(3, count) positions of text after a prefix: it starts where the prefix ends, equal in all three rows."""
+    start = int(prefix.positions.max()) + 1
+    return torch.arange(start, start + count, device=prefix.ids.device).expand(3, -1)
+
+
+def extend_prefix(prefix, ids):
+    """The prefix followed by the text tokens `ids`, as a new Prefix."""
+    positions = torch.cat([prefix.positions, text_positions(prefix, len(ids))], dim=1)  # (3, P + text)
+    return Prefix(torch.cat([prefix.ids, prefix.ids.new_tensor(ids)]), positions, prefix.features)
+
+
+def embed(backbone, ids, features):
+    """Word embeddings of ids (any shape) with the picture tokens, in order, replaced by their features."""
+    config = core(backbone.model).config
+    out = core(backbone.model).get_input_embeddings()(ids)  # (..., width)
+    is_picture = (ids == config.image_token_id) | (ids == config.video_token_id)
+    return out.masked_scatter(is_picture[..., None], torch.cat(features).to(out.dtype)) if features else out
+
+
+def pack_layout(prefixes, branches, device):
+    """Where each token of a packed row sits. The row holds all prefixes, then all branches, without padding.
+
+    prefixes: B lengths; branches: B lists of lengths, N in all. Returns a namespace of
+    prefix (B, P) and branch (N, C): index in the row of each padded slot (padding points at 0);
+    owner (N,): the prefix of each branch; mask (N, 1, C, P + C): what a branch token sees: its prefix and its own past;
+    unpad (T,): the padded slot of each token of the row.
+    """
+    counts = [len(lengths) for lengths in branches]
+    lengths = torch.tensor(prefixes), torch.tensor([n for lengths in branches for n in lengths])
+    starts = torch.cat(lengths).cumsum(0) - torch.cat(lengths)  # (B + N,) first token of each part
+    owner = torch.arange(len(prefixes)).repeat_interleave(torch.tensor(counts))  # (N,)
+    slots, valid = [], []
+    for first, length in zip(starts.split([len(n) for n in lengths]), lengths):
+        steps = torch.arange(int(length.max()))
+        valid.append(steps < length[:, None])  # (rows, longest)
+        slots.append((first[:, None] + steps) * valid[-1])
+    causal = torch.ones(valid[1].shape[1], valid[1].shape[1], dtype=torch.bool).tril()  # (C, C)
+    sees_prefix = valid[0][owner][:, None, None].expand(-1, 1, len(causal), -1)  # (N, 1, C, P)
+    mask = torch.cat([sees_prefix, causal.expand(len(owner), 1, -1, -1)], dim=-1)  # (N, 1, C, P + C)
+    unpad = torch.cat([v.flatten() for v in valid]).nonzero()[:, 0]  # (T,)
+    return SimpleNamespace(
+        prefix=slots[0].to(device), branch=slots[1].to(device), owner=owner.to(device), mask=mask.to(device),
+        unpad=unpad.to(device), branch_valid=valid[1].to(device), prefix_last=starts[: len(prefixes)] + lengths[0] - 1,
+    )  # fmt: skip
+
+
+def branch_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
+    """Attention of a packed row: prefixes attend causally, branches attend to their prefix and themselves.
+
+    query (1, heads, T, D), key and value (1, kv heads, T, D) -> (1, T, heads, D). The cost is B prefixes of P x P / 2
+    and N branches of C x (P + C), where a dense 4-D mask would pay T x T. Without a layout this is plain sdpa.
+    """
+    if layout is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+    def pad(packed, slots):  # (1, H, T, D) -> (rows, H, longest, D); index_select has the fast backward
+        rows = packed[0].transpose(0, 1).index_select(0, slots.flatten())  # (rows * longest, H, D)
+        return rows.unflatten(0, slots.shape).transpose(1, 2)
+
+    gqa = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    prefix_key, prefix_value = pad(key, layout.prefix), pad(value, layout.prefix)  # (B, kv heads, P, D)
+    prefix_out = F.scaled_dot_product_attention(pad(query, layout.prefix), prefix_key, prefix_value, is_causal=True, **gqa)
+    branch_key = torch.cat([prefix_key.index_select(0, layout.owner), pad(key, layout.branch)], dim=2)  # (N, kv, P + C, D)
+    branch_value = torch.cat([prefix_value.index_select(0, layout.owner), pad(value, layout.branch)], dim=2)
+    branch_out = F.scaled_dot_product_attention(
+        pad(query, layout.branch), branch_key, branch_value, attn_mask=layout.mask, **gqa
+    )
+    out = [part.transpose(1, 2).flatten(0, 1) for part in (prefix_out, branch_out)]  # each (rows * longest, heads, D)
+    return torch.cat(out).index_select(0, layout.unpad)[None], None
+
+
+AttentionInterface.register("branches", branch_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register("branches", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def branch_logprobs(backbone, prefixes, branches, chunk=1024):
+    """Log-probability of every completion token, with each prefix encoded once.
+
+    prefixes: B Prefix. branches: B lists of (prompt ids, completion ids); N branches in all.
+    Returns logps (N, C), zero at padding; entropy (N, C), without gradient; mask (N, C), true at completion tokens.
+    C is the longest completion. Equal to separate rows [prefix + prompt + completion], at the cost of
+    P + sum(branch) tokens instead of N * P + sum(branch). Logits are made at completion tokens only, `chunk` at a time.
+    """
+    model = core(backbone.model)
+    flat = [branch for group in branches for branch in group]
+    layout = pack_layout(
+        [len(prefix.ids) for prefix in prefixes], [[len(p) + len(c) for p, c in group] for group in branches], backbone.device
+    )
+    tokens = [torch.tensor([*prompt, *completion], device=backbone.device) for prompt, completion in flat]
+    ids = torch.cat([prefix.ids for prefix in prefixes] + tokens)  # (T,)
+    owners = [prefix for prefix, group in zip(prefixes, branches) for _ in group]
+    after = [text_positions(prefix, len(ids)) for prefix, ids in zip(owners, tokens)]
+    positions = torch.cat([prefix.positions for prefix in prefixes] + after, dim=1)  # (3, T)
+    features = [prefix.features for prefix in prefixes if prefix.features is not None]
+    hidden = model.model.language_model(
+        inputs_embeds=embed(backbone, ids, features)[None], position_ids=positions[:, None],
+        attention_mask={"full_attention": None}, use_cache=False, layout=layout,
+    ).last_hidden_state[0]  # (T, width)  # fmt: skip
+
+    # Token t of a branch is predicted at token t - 1; its first token at the last token of the prefix.
+    sources, targets = [], []
+    for row, (prompt, completion) in enumerate(flat):
+        first = int(layout.branch[row, 0])
+        before = first + len(prompt) - 1 if prompt else int(layout.prefix_last[layout.owner[row]])
+        sources += [before] + list(range(first + len(prompt), first + len(prompt) + len(completion) - 1))
+        targets += completion
+    sources, targets = torch.tensor(sources, device=backbone.device), torch.tensor(targets, device=backbone.device)
+
+    def score(hidden, targets):  # (n, width), (n,) -> (n,), (n,)
+        logits = model.lm_head(hidden).float().log_softmax(-1)  # (n, V)
+        entropy = -(logits.detach().exp() * logits.detach()).sum(-1)
+        return logits.gather(-1, targets[:, None])[:, 0], entropy
+
+    parts = []
+    for rows, wanted in zip(hidden.index_select(0, sources).split(chunk), targets.split(chunk)):
+        if len(targets) > chunk and torch.is_grad_enabled():  # keep hidden states, not logits, for the backward pass
+            parts.append(torch.utils.checkpoint.checkpoint(score, rows, wanted, use_reentrant=False))
+        else:
+            parts.append(score(rows, wanted))
+    lengths = torch.tensor([len(completion) for _, completion in flat], device=backbone.device)
+    mask = torch.arange(int(lengths.max()), device=backbone.device) < lengths[:, None]  # (N, C)
+    zeros = torch.zeros(mask.shape, device=backbone.device)
+    logps, entropy = (zeros.masked_scatter(mask, torch.cat(column)) for column in zip(*parts))
+    return logps, entropy, mask
+
+
+@torch.no_grad()
+def branch_generate(backbone, prefixes, branches, max_new_tokens, temperature=0.0):
+    """Complete every branch, with each prefix encoded once.
+
+    prefixes: B Prefix. branches: B lists of prompt ids (may be empty: a rollout has G empty branches).
+    temperature 0 is greedy; above 0 samples from the model's own distribution (no top-k, no top-p, no penalty: sampler
+    and scorer must be one distribution), except that vision tokens are never sampled: they would break the next forward.
+    Returns B lists of completion ids, the end token included where it was reached.
+    Sets eval mode while it runs: train mode with gradient checkpointing would drop the cache.
+    """
+    model, device = core(backbone.model), backbone.device
+    was_training = backbone.model.training
+    backbone.model.eval()
+    longest = max(len(prefix.ids) for prefix in prefixes)
+    ids = torch.zeros(len(prefixes), longest, dtype=torch.long, device=device)  # (B, P), padded on the left
+    positions = torch.zeros(3, len(prefixes), longest, dtype=torch.long, device=device)
+    mask = torch.zeros(len(prefixes), longest, dtype=torch.long, device=device)
+    for row, prefix in enumerate(prefixes):
+        ids[row, -len(prefix.ids) :] = prefix.ids
+        positions[:, row, -len(prefix.ids) :] = prefix.positions
+        mask[row, -len(prefix.ids) :] = 1
+    features = [prefix.features for prefix in prefixes if prefix.features is not None]
+    cache = DynamicCache(config=model.config)
+
+    def forward(embeds, positions, mask):  # -> hidden state of the last token, (rows, width)
+        out = model.model.language_model(
+            inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
+        )
+        return out.last_hidden_state[:, -1]
+
+    hidden = forward(embed(backbone, ids, features), positions, mask)  # (B, width)
+    owner = torch.arange(len(prefixes), device=device).repeat_interleave(
+        torch.tensor([len(group) for group in branches], device=device)
+    )  # (N,)
+    cache.batch_select_indices(owner)  # one copy of its prefix for each branch
+    hidden, mask, next_position = hidden[owner], mask[owner], positions.amax((0, 2))[owner] + 1  # (N, width), (N, P), (N,)
+    prompts = [prompt for group in branches for prompt in group]
+    if any(prompts):
+        if not all(prompts):
+            raise ValueError("either every branch has a prompt or none has")
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)  # (N, Q)
+        real = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        mask = torch.cat([mask, real], dim=1)
+        text = (next_position[:, None] + real.cumsum(1) - 1).expand(3, -1, -1)  # (3, N, Q)
+        hidden = forward(embed(backbone, ids, []), text, mask)
+        next_position = next_position + real.sum(1)
+
+    stop = torch.tensor(backbone.stop, device=device)
+    completions = [[] for _ in prompts]
+    live = torch.arange(len(prompts), device=device)  # (live,) the branches still in the cache
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # (live,) those of them that have ended
+    for step in range(max_new_tokens):
+        logits = model.lm_head(hidden).float()  # (live, V)
+        logits[:, backbone.suppress] = -torch.inf
+        if temperature == 0:
+            token = logits.argmax(-1)  # (live,)
+        else:
+            token = torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
+        for row, value, ended in zip(live.tolist(), token.tolist(), done.tolist()):
+            if not ended:
+                completions[row].append(value)
+        done = done | torch.isin(token, stop)
+        if step + 1 == max_new_tokens or done.all():
+            break
+        if done.float().mean() > 0.25:  # drop ended rows now and then: copying the cache is not free
+            kept = (~done).nonzero()[:, 0]
+            cache.batch_select_indices(kept)
+            live, done, token, mask, next_position = (x[kept] for x in (live, done, token, mask, next_position))
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        hidden = forward(embed(backbone, token[:, None], []), next_position.expand(3, 1, -1).transpose(1, 2), mask)
+        next_position = next_position + 1
+    backbone.model.train(was_training)
+    grouped = iter(completions)
+    return [[next(grouped) for _ in group] for group in branches]
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. Scoring
+# ------------------------------------------------------------------------------------------------
+
+FORMAT = re.compile(r"\s*<think>(?:(?!</?think>|</?answer>).)*</think>\s*<answer>(?:(?!</?think>|</?answer>).)*</answer>\s*", re.DOTALL)
+ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+NUMBER = re.compile(r"(?:about |approximately |around )?([-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+)\s*([a-z\u00b2 ]*[.23]?)\.?")
+UNITS = {"", "m", "m2", "m\u00b2", "sqm", "sq m", "meter", "meters", "metre", "metres", "cm", "centimeter", "centimeters",
+         "centimetre", "centimetres", "square meters", "square metres", "square meter", "square metre"}  # fmt: skip
+WORDS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve".split(), range(13)))
+THRESHOLDS = np.linspace(0.5, 0.95, 10)  # (T,) of mean relative accuracy
+
+
+def extract_answer(text):
+    """The text of the LAST <answer> block; without one, the whole text. Stripped."""
+    found = ANSWER.findall(text or "")
+    return (found[-1] if found else text or "").strip()
+
+
+def parse_choice(text, options):
+    """The option's letter meant by a short answer, or None: "B", "(B)", "B.", "B. right", "right", "The answer is B".
+
+    An answer that names no option, or more than one ("A or B"), is None.
+    """
+    text = re.sub(r"^(?:the )?(?:correct )?(?:answer|option)(?: is|:)?\s+", "", text.strip(), flags=re.IGNORECASE).strip()
+    words = {option[0].upper(): option[1:].lstrip(".): ").strip().lower() for option in options}
+    for letter, option in words.items():
+        bare = re.fullmatch(r"\(?([A-Za-z])\)?[.:)]*(?:\s+(.*?))?\.?", text, re.DOTALL)
+        if bare and bare[1].upper() == letter and (bare[2] or option).lower() == option:
+            return letter
+    matches = [letter for letter, option in words.items() if text.lower().rstrip(".") == option]
+    return matches[0] if len(matches) == 1 else None
+
+
+def parse_number(text):
+    """The single number of a short answer as a float, or None: "1,200", "-3", "two", "2.5 m", "about 2.5 meters".
+
+    Text with several numbers, without one, nan and inf are None.
+    """
+    text = str(text).strip().lower()
+    if text.rstrip(".") in WORDS:
+        return float(WORDS[text.rstrip(".")])
+    found = NUMBER.fullmatch(text)
+    if not found or found[2].strip().rstrip(".") not in UNITS:
+        return None
+    value = float(found[1].replace(",", ""))
+    return value if math.isfinite(value) else None
+
+
+def parse_boxes(text):
+    """A JSON list of {"bbox_2d", "label"} as such a list, or None if it is anything else."""
+    try:
+        boxes = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    good = isinstance(boxes, list) and all(
+        isinstance(b, dict) and isinstance(b.get("label"), str) and valid_box(b.get("bbox_2d")) for b in boxes
+    )
+    return boxes if good else None
+
+
+def mean_relative_accuracy(predictions, truths):
+    """MRA of VSI-Bench: mean over theta in {.50, .55, ..., .95} of [ |p - g| / g <= 1 - theta ], in float64.
+
+    predictions, truths: (N,) -> (N,) in [0, 1]. nan predictions score 0; a truth of 0 is right only when met exactly.
+    """
+    p, g = np.asarray(predictions, np.float64), np.asarray(truths, np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        error = np.where(p == g, 0.0, np.abs(p - g) / np.abs(g))  # (N,)
+        return (error[:, None] <= 1 - THRESHOLDS).mean(1)  # (N, T) -> (N,)
+
+
+def box_iou(a, b):
+    """Intersection over union of boxes, (N, 4) and (N, 4) as x1, y1, x2, y2 -> (N,)."""
+    a, b = np.asarray(a, np.float64).reshape(-1, 4), np.asarray(b, np.float64).reshape(-1, 4)
+    sides = np.clip(np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2]), 0, None)  # (N, 2)
+    area = [(box[:, 2:] - box[:, :2]).prod(1) for box in (a, b)]
+    overlap = sides.prod(1)
+    return overlap / np.maximum(area[0] + area[1] - overlap, 1e-9)
+
+
+def match_boxes(predicted, wanted):
+    """For each wanted box, the first unused predicted one with its label, or an empty box. list of (4,)."""
+    left, out = list(predicted or []), []
+    for box in wanted:
+        found = next((p for p in left if p["label"].strip().lower() == box["label"].strip().lower()), None)
+        if found:
+            left.remove(found)
+        out.append(found["bbox_2d"] if found else [0, 0, 0, 0])
+    return out
+
+
+def score_answers(texts, examples):
+    """Score N completions at once: the accuracy reward of stage 3 and the metric of eval.
+
+    texts: N completions; examples: N Example (locate: with boxes in the pixels that the model sees).
+    Choices score 0 or 1, numbers their mean relative accuracy, boxes their mean IoU (a box too many counts as a miss).
+    Returns scores (N,) float64 and legal (N,) bool: whether the answer is one of the options, a number, or boxes.
+    """
+    scores, legal = np.zeros(len(texts)), np.zeros(len(texts), bool)
+    numbers, boxes = [], []  # (row, prediction, truth) to be scored together
+    for row, (text, example) in enumerate(zip(texts, examples)):
+        answer = extract_answer(text)
+        if example.question_type == "locate":
+            predicted = parse_boxes(answer)
+            legal[row] = predicted is not None
+            extra = max(len(predicted or []), len(example.answer))
+            for p, wanted in zip(match_boxes(predicted, example.answer), example.answer):
+                boxes.append((row, p, wanted["bbox_2d"], extra))
+        elif example.options:
+            letter = parse_choice(answer, example.options)
+            scores[row], legal[row] = letter == example.answer, letter is not None
+        else:
+            value = parse_number(answer)
+            legal[row] = value is not None
+            numbers.append((row, math.nan if value is None else value, parse_number(example.answer)))
+    if numbers:
+        rows, predictions, truths = zip(*numbers)
+        scores[list(rows)] = mean_relative_accuracy(predictions, truths)
+    if boxes:
+        rows, predictions, truths, extra = zip(*boxes)
+        np.add.at(scores, list(rows), box_iou(predictions, truths) / np.array(extra))
+    return scores, legal
+
+
+def score_format(texts):
+    """1.0 where the WHOLE completion is one <think> block and then one <answer> block, else 0.0: (N,)."""
+    return np.array([float(FORMAT.fullmatch(text) is not None) for text in texts])
+
+
+def constant_guess(train, test):
+    """What the best constant answer of the training examples scores on the test examples, by question type.
+
+    Choices are guessed by the words of the option, so that "left" is one guess whatever its letter; two questions with
+    other option words are told apart. Numbers: the training answer with the highest mean relative accuracy.
+    Returns {question_type: score}: the baseline that every table shows.
+    """
+    guess = {}
+    for kind in sorted({example.question_type for example in test}):
+        known, asked = [e for e in train if e.question_type == kind], [e for e in test if e.question_type == kind]
+        if kind in CHOICE_TYPES:
+            best = {}
+            for example in known:
+                counts = best.setdefault(tuple(sorted(o[2:] for o in example.options)) if kind == "relative direction" else (), {})
+                counts[example.answer] = counts.get(example.answer, 0) + 1
+            fall_back = {"A": 1}
+            picks = [best.get(tuple(sorted(o[2:] for o in e.options)) if kind == "relative direction" else (), fall_back) for e in asked]
+            guess[kind] = float(np.mean([max(counts, key=counts.get) == e.answer for counts, e in zip(picks, asked)]))
+        else:
+            values = np.array([float(e.answer) for e in known])
+            truths = np.array([float(e.answer) for e in asked])
+            candidates = np.unique(values)
+            means = [mean_relative_accuracy(np.full(len(values), c), values).mean() for c in candidates]
+            guess[kind] = float(mean_relative_accuracy(np.full(len(truths), candidates[int(np.argmax(means))]), truths).mean())
+    return guess
+
+
+def skill(by_type, guess):
+    """Mean over question types of (score - guess) / (1 - guess): 0 = the best constant answer, 1 = perfect."""
+    return float(np.mean([(by_type[kind] - guess[kind]) / (1 - guess[kind]) for kind in guess]))
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. Runs
+# ------------------------------------------------------------------------------------------------
+
+
+def setting(default, help):
+    """A field of a settings dataclass; `help` is its comment here and its line in --help."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Settings:
+    """What all stages share. A stage adds its own fields and a preset of values for "toy" and "3b"."""
+
+    preset: str = setting("toy", "toy (a tiny model on a toy world, minutes on two CPU cores) or 3b (the paper's model)")
+    model: str = setting("", "folder or hub id to start from; empty: what the stage before this one wrote")
+    data: str = setting("", "folder with the JSONL files and images/")
+    out: str = setting("", "folder of this run; empty: runs/<preset>/<stage>")
+    seed: int = setting(0, "seed of data order and sampling")
+    max_steps: int = setting(0, "stop after this many optimiser steps (0: no limit); the schedule stays as planned")
+    resume: str = setting("auto", "auto: go on from the run's checkpoint if there is one; never: start anew")
+    processes: int = setting(2, "processes that share the work on a CPU; on GPUs use torchrun instead")
+
+
+@dataclass
+class TrainSettings(Settings):
+    """What the three training stages share."""
+
+    load: str = setting("bf16", "weights in memory: fp32, bf16, or 4bit (QLoRA)")
+    tune: str = setting("lora", "lora: adapters on the language model; full: all its weights")
+    lora_rank: int = setting(16, "rank of the adapters")
+    lora_alpha: int = setting(32, "scale of the adapters: alpha / rank")
+    train_vision: bool = setting(False, "train the vision tower too (only with --tune full)")
+    checkpointing: bool = setting(False, "recompute activations in the backward pass: slower, far less memory")
+    min_pixels: int = setting(0, "smallest picture in pixels; 0: as the model folder says")
+    max_pixels: int = setting(0, "largest picture in pixels; 0: as the model folder says")
+    keep_features: bool = setting(False, "remember the frozen vision tower's output of each scene (small pictures only)")
+    optimizer: str = setting("adamw", "adamw, or muon for the matrices of the language model and AdamW for the rest")
+    lr: float = setting(1e-4, "AdamW's highest learning rate (LoRA needs about ten times that of full tuning)")
+    muon_lr: float = setting(0.01, "Muon's highest learning rate")
+    warmup: float = setting(0.1, "share of the steps in which the rate rises; it then falls as a cosine to zero")
+    clip: float = setting(1.0, "largest norm of the gradient")
+    steps: int = setting(0, "optimiser steps; 0: one pass over the data")
+    scenes: int = setting(16, "scenes in an optimiser step, over all processes")
+    branches: int = setting(8, "questions of one scene in a step, at most; they share its pictures")
+    micro_scenes: int = setting(1, "scenes in one forward and backward pass; less needs less memory")
+    eval_every: int = setting(100, "steps between scores on held-out scenes")
+    eval_scenes: int = setting(64, "held-out scenes scored during training")
+    save_every: int = setting(100, "steps between checkpoints")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help with the stage's docstring as it is written, and every default."""
+
+
+def parse_settings(cls, presets, stage, before="", argv=None):
+    """Settings of a stage from the command line: defaults of the class, then of the preset, then the flags.
+
+    before: the stage whose model this one starts from. Exits with a message on an unknown flag or preset.
+    """
+    parser = HfArgumentParser(cls, description=sys.modules[cls.__module__].__doc__, formatter_class=HelpFormatter)
+    argv = sys.argv[1:] if argv is None else argv
+    preset = next((argv[i + 1] for i, arg in enumerate(argv[:-1]) if arg == "--preset"), "toy")
+    preset = next((arg.split("=", 1)[1] for arg in argv if arg.startswith("--preset=")), preset)
+    if preset not in presets:
+        parser.error(f"--preset {preset} is unknown; choose from {', '.join(presets)}")
+    parser.set_defaults(**presets[preset])
+    settings = cls(**vars(parser.parse_args(argv)))
+    settings.data = settings.data or f"data/{preset}"
+    settings.out = settings.out or f"runs/{preset}/{stage}"
+    if before and not settings.model:
+        settings.model = str(Path(settings.out).parent / before / "model")
+    return settings
+
+
+def device_name():
+    """The device of this process: its GPU if there is one, else the CPU."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def start_processes(settings):
+    """Join the processes that share this run's work, and start them where torchrun has not.
+
+    Each takes its share of the scenes; gradients are summed over all. On a CPU two processes of one thread are about
+    1.6 times as fast as one of two threads: small matrices do not fill two cores.
+    """
+    torch.manual_seed(settings.seed)
+    if "RANK" not in os.environ and settings.processes > 1 and not torch.cuda.is_available():
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(settings.processes), "RANK": "0"}
+        for rank in range(1, settings.processes):
+            subprocess.Popen([sys.executable, *sys.argv], env=os.environ | {"RANK": str(rank)}, stdout=subprocess.DEVNULL)
+    if "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(device_name())
+        else:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def world():
+    """(rank of this process, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def say(text):
+    """Print from the first process only, without breaking a progress bar."""
+    if world()[0] == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+def gather(items):
+    """The lists of all processes, interleaved: the inverse of items[rank::size]."""
+    rank, size = world()
+    if size == 1:
+        return items
+    parts = [None] * size
+    dist.all_gather_object(parts, items)
+    return [parts[i % size][i // size] for i in range(sum(len(part) for part in parts))]
+
+
+def total(values):
+    """Sum a list of floats over the processes, element by element."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device_name())
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def make_optimizers(model, settings):
+    """A list of optimizers for the trainable parameters. Muon takes the 2-D weights of the language model's layers."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if settings.optimizer == "adamw":
+        return [torch.optim.AdamW([p for _, p in named], lr=settings.lr, weight_decay=0.0)]
+    matrix = [p for name, p in named if p.ndim == 2 and ".layers." in name]
+    rest = [p for name, p in named if not (p.ndim == 2 and ".layers." in name)]
+    return [
+        torch.optim.Muon(matrix, lr=settings.muon_lr, weight_decay=0.0),
+        torch.optim.AdamW(rest, lr=settings.lr, weight_decay=0.0),
+    ]
+
+
+def optimizer_step(model, optimizers, settings, step, steps):
+    """Sum gradients over the processes, clip, set the scheduled rate, step, clear. Returns the gradient's norm.
+
+    The rate rises linearly over the first `warmup` share of `steps`, then falls as a cosine to zero.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if dist.is_initialized():
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+            parameter.grad = part.view_as(parameter)
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.clip))
+    rising = max(1, round(settings.warmup * steps))
+    factor = (step + 1) / rising if step < rising else 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+    for optimizer, rate in zip(optimizers[::-1], (settings.lr, settings.muon_lr)):  # AdamW is always the last
+        for group in optimizer.param_groups:
+            group["lr"] = rate * factor
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def start_run(settings):
+    """Make the run's folder and save the settings. Returns (folder, step to start from).
+
+    A checkpoint of the same settings is continued; one of other settings is refused, naming the setting.
+    """
+    folder = Path(settings.out)
+    checkpoint = folder / "checkpoint"
+    config, step = asdict(settings), 0
+    if settings.resume not in ("auto", "never"):
+        raise SystemExit(f"--resume {settings.resume}: choose auto or never.")
+    if checkpoint.with_suffix(".old").is_dir() and not checkpoint.is_dir():
+        checkpoint.with_suffix(".old").rename(checkpoint)  # stopped between the two renames of a save
+    if settings.resume == "auto" and (checkpoint / "state.json").is_file():
+        state = json.loads((checkpoint / "state.json").read_text())
+        for name in set(config) - {"max_steps", "resume", "processes"}:
+            if state["config"].get(name) != config[name]:
+                raise SystemExit(
+                    f"{checkpoint} was made with --{name} {state['config'].get(name)}, not {config[name]}. "
+                    "Give the same, or --resume never to start anew, or another --out."
+                )
+        step = state["step"]
+        say(f"going on from step {step} of {checkpoint}")
+    if dist.is_initialized():
+        dist.barrier()
+    if world()[0] == 0:
+        if step == 0:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        for name in ("metrics.jsonl", "samples.jsonl"):  # drop what was logged after the checkpoint
+            lines = (folder / name).read_text().splitlines() if step and (folder / name).is_file() else []
+            (folder / name).write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+    return folder, step
+
+
+def save_checkpoint(folder, step, backbone, optimizers, settings):
+    """Write `folder`/checkpoint: trained weights, optimizers, step, settings. First a new folder, then a rename, so that
+    a stop at any moment leaves a whole one. No random state is kept: every step is seeded by (seed, step, rank)."""
+    if world()[0] == 0:
+        new, now, old = (Path(folder) / f"checkpoint{suffix}" for suffix in (".new", "", ".old"))
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        weights = {name: p.detach().contiguous() for name, p in backbone.model.named_parameters() if p.requires_grad}
+        save_file(weights, new / "weights.safetensors")
+        torch.save([optimizer.state_dict() for optimizer in optimizers], new / "optimizers.pt")
+        (new / "state.json").write_text(json.dumps({"step": step, "config": asdict(settings)}))
+        shutil.rmtree(old, ignore_errors=True)
+        if now.exists():
+            now.rename(old)
+        new.rename(now)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(folder, backbone, optimizers):
+    """Put the weights and optimizers of `folder`/checkpoint back in place."""
+    checkpoint = Path(folder) / "checkpoint"
+    weights = load_file(checkpoint / "weights.safetensors", device=str(backbone.device))
+    missing = {name for name, p in backbone.model.named_parameters() if p.requires_grad} - set(weights)
+    if missing:
+        raise SystemExit(f"{checkpoint} lacks trained weights such as {sorted(missing)[0]}: it belongs to another model.")
+    backbone.model.load_state_dict(weights, strict=False)
+    for optimizer, state in zip(optimizers, torch.load(checkpoint / "optimizers.pt", weights_only=True)):
+        optimizer.load_state_dict(state)
+
+
+def seed_step(settings, step):
+    """Seed torch for this step and process, so that a resumed run draws the same numbers."""
+    torch.manual_seed((settings.seed * 1_000_003 + step) * 64 + world()[0])
+
+
+def log(folder, row, name="metrics.jsonl"):
+    """Append one JSON line to a file of the run (first process only)."""
+    if world()[0] == 0:
+        with (Path(folder) / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def draw_curves(folder, panels):
+    """Draw curves.png from metrics.jsonl. panels: {title: [metric, ...]}; metrics that were never logged are left out."""
+    if world()[0] != 0:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_jsonl(Path(folder) / "metrics.jsonl")
+    panels = {title: [k for k in keys if any(k in row for row in rows)] for title, keys in panels.items()}
+    panels = {title: keys for title, keys in panels.items() if keys}
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
+    for axis, (title, keys) in zip(axes[0], panels.items()):
+        for key in keys:
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            axis.plot(*zip(*points), label=key, marker="." if len(points) < 30 else None)
+        axis.set(title=title, xlabel="step")
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(Path(folder) / "curves.png", dpi=110)
+    plt.close(figure)
+
+
+def load_scenes(data, kinds, processor):
+    """Read the files `kinds` of a data folder, turn boxes into pixels of the resized picture, group by pictures."""
+    examples = [example for kind in kinds for example in read_examples(data, kind)]
+    for example in examples:
+        if example.question_type == "locate":
+            example.answer = boxes_for_model(processor, example)
+    return group_scenes(examples)
+
+
+def heldout_scenes(settings, kinds, processor):
+    """`eval_scenes` scenes of the data's heldout/ folder, the same ones each time; without that folder (the released data
+    has none) the last scenes of the training data, which then also serve as training scenes."""
+    folder = Path(settings.data) / "heldout"
+    scenes = load_scenes(folder if folder.is_dir() else settings.data, kinds, processor)
+    return random.Random(0).sample(scenes, min(settings.eval_scenes, len(scenes)))
+
+
+def generate_answers(backbone, scenes, mode, max_new_tokens, temperature=0.0, batch=128, keep=False, bar=None):
+    """Ask every example of `scenes` in a mode of INSTRUCTIONS ("locate" examples always in theirs).
+
+    The pictures of a scene are encoded once for all its questions; scenes are shared among the processes.
+    Returns examples and texts, two lists in the same order, equal in every process.
+    """
+    rank, size = world()
+    mine, texts, start = scenes[rank::size], [], 0
+    while start < len(mine):
+        end, asked = start, 0
+        while end < len(mine) and (end == start or asked + len(mine[end].examples) <= batch):
+            asked, end = asked + len(mine[end].examples), end + 1
+        part, start = mine[start:end], end
+        branches = []
+        for scene in part:
+            words = [prompt_text(e, "locate" if e.question_type == "locate" else mode) for e in scene.examples]
+            branches.append([list(encode_text(backbone.tokenizer, text + BRANCH_END)) for text in words])
+        with torch.no_grad():
+            prefixes = encode_scenes(backbone, part, keep)
+        for ids in branch_generate(backbone, prefixes, branches, max_new_tokens, temperature):
+            texts.append([decode(backbone, completion) for completion in ids])
+        if bar is not None:
+            bar.update(len(part) * size)
+    texts = gather(texts)
+    return [e for scene in scenes for e in scene.examples], [text for group in texts for text in group]
+
+
+def decode(backbone, ids):
+    """The text of a completion, without the end token."""
+    return backbone.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+@dataclass
+class Pack:
+    """One scene and some of the things to learn about it: (prompt text, completion text) pairs."""
+
+    scene: Scene
+    pairs: list
+
+
+def make_packs(scenes, pairs_of, branches, seed):
+    """Split each scene's (prompt, completion) pairs, shuffled, into packs of at most `branches`."""
+    rng, packs = random.Random(seed), []
+    for scene in scenes:
+        pairs = pairs_of(scene)
+        rng.shuffle(pairs)
+        packs += [Pack(scene, pairs[i : i + branches]) for i in range(0, len(pairs), branches)]
+    return packs
+
+
+def batch_at(items, step, count, seed):
+    """The `count` items of a step: pass after pass over `items`, each pass in its own seeded order."""
+    out = []
+    for position in range(step * count, (step + 1) * count):
+        epoch, place = divmod(position, len(items))
+        out.append(items[_order(len(items), seed, epoch)[place]])
+    return out
+
+
+@lru_cache(maxsize=4)
+def _order(count, seed, epoch):
+    return random.Random(f"{seed} {epoch}").sample(range(count), count)
+
+
+def sft(backbone, packs, settings, folder, first_step, evaluate, panels, stop=lambda scores: False):
+    """Supervised fine-tuning: the loss is the mean negative log-probability of the completions' tokens, and nothing else.
+
+    evaluate(backbone, step) -> {name: score} runs on held-out scenes every eval_every steps; stop(scores) ends the training.
+    Writes metrics, curves and checkpoints to `folder`.
+    """
+    if not packs:
+        raise SystemExit(f"{settings.data} has nothing to learn for this stage.")
+    model, (rank, size) = backbone.model, world()
+    steps = settings.steps or math.ceil(len(packs) / settings.scenes)
+    last = min(steps, settings.max_steps or steps)
+    optimizers = make_optimizers(model, settings)
+    if first_step:
+        load_checkpoint(folder, backbone, optimizers)
+    ids = {text: list(encode_text(backbone.tokenizer, text)) for pack in packs for pair in pack.pairs for text in pair}
+    bar = tqdm(range(first_step, last), initial=first_step, total=last, desc=folder.name, disable=rank > 0)
+    scores = {}
+    for step in bar:
+        began = time.time()
+        seed_step(settings, step)
+        model.train()
+        batch = batch_at(packs, step, settings.scenes, settings.seed)
+        count = sum(len(ids[completion]) for pack in batch for _, completion in pack.pairs)  # over all processes
+        mine, loss = batch[rank::size], 0.0
+        for start in range(0, len(mine), settings.micro_scenes):
+            part = mine[start : start + settings.micro_scenes]
+            prefixes = encode_scenes(backbone, [pack.scene for pack in part], settings.keep_features)
+            branches = [[(ids[prompt], ids[completion]) for prompt, completion in pack.pairs] for pack in part]
+            logps, _, _ = branch_logprobs(backbone, prefixes, branches)  # (N, C), zero at padding
+            part_loss = -logps.sum() / count
+            part_loss.backward()
+            loss += part_loss.item()
+        norm = optimizer_step(model, optimizers, settings, step, steps)
+        row = {"step": step + 1, "loss": total([loss])[0], "grad_norm": norm, "tokens": count, "seconds": time.time() - began}
+        if (step + 1) % settings.eval_every == 0 or step + 1 == last:
+            row |= (scores := evaluate(backbone, step + 1))
+        log(folder, row)
+        bar.set_postfix({"loss": f"{row['loss']:.3f}"} | {k: f"{v:.2f}" for k, v in scores.items()})
+        ended = bool(scores) and stop(scores)
+        if (step + 1) % settings.save_every == 0 or step + 1 == last or ended:
+            save_checkpoint(folder, step + 1, backbone, optimizers, settings)
+            draw_curves(folder, panels)
+        if ended:
+            break
+    bar.close()
+
+
+def save_run(backbone, folder):
+    """Write the run's plain model folder, from the first process; the others wait for it."""
+    if world()[0] == 0:
+        save_model(backbone, folder)
+    say(f"wrote {folder}/model")
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def end_processes():
+    """Let all processes end together."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,436 @@
+"""The contract of the branch functions: equal to separate rows through the model's own forward and generate.
+
+The other side of each comparison builds its row by hand and calls the Hugging Face model with token ids and pixels,
+with eager attention: none of the packing, masks, positions or caches of common.py take part in it.
+"""
+
+import contextlib
+
+import pytest
+import torch
+
+import common
+
+COMPLETIONS = [
+    "B",
+    "<think>The chair is at 12.</think><answer>A</answer>",
+    "12 34",
+    '[{"bbox_2d":[1,22,56,78],"label":"bed"}]',
+]
+QUESTIONS = [
+    "From the camera's perspective, is the chair to the table's left, right, front, or back? The letter only.",
+    "How many chairs are in this room? What is the size of this room (in square meters)? First think, then answer.",
+    "Measuring from the closest point of each object, which is closer to the lamp: the chair or the table? Think.",
+    "What is the length of the longest dimension of the chair, measured in centimeters? Answer with the number only.",
+]
+
+
+@pytest.fixture(scope="session")
+def scene(photo, tmp_path_factory):
+    """scene(kind, sizes) -> Scene with one picture of each size."""
+    folder = tmp_path_factory.mktemp("pictures")
+
+    def make(kind, sizes):
+        paths = []
+        for width, height in sizes:
+            paths.append(str(folder / f"{len(list(folder.iterdir()))}.png"))
+            photo(width, height, seed=len(paths) + width).save(paths[-1])
+        return common.Scene(tuple(paths), kind, [])
+
+    return make
+
+
+@pytest.fixture
+def scenes(scene):
+    """One image, several images of unlike sizes, an even and an odd video."""
+    return [
+        scene("single_image", [(112, 84)]),
+        scene("multi_view", [(84, 112), (112, 112), (56, 140)]),
+        scene("video", [(84, 112)] * 6),
+        scene("video", [(112, 56)] * 3),
+    ]
+
+
+def encode(backbone, text):
+    return list(common.encode_text(backbone.tokenizer, text))
+
+
+def inputs(backbone, scene, text):
+    """What a Hugging Face processor would hand to the model for this scene and this text after its pictures."""
+    tokenizer, processor = backbone.tokenizer, backbone.processor
+    video = scene.data_type == "video"
+    pixels, grids = common.picture_patches(processor, [common.load_image(path) for path in scene.images], video)
+    pad = "<|video_pad|>" if video else "<|image_pad|>"
+    pictures = ["<|vision_start|>" + pad * int(t * (h // 2) * (w // 2)) + "<|vision_end|>" for t, h, w in grids]
+    head = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n" + "".join(pictures)
+    ids = torch.tensor([tokenizer(head)["input_ids"] + list(text)])
+    kinds = (ids == tokenizer.convert_tokens_to_ids(pad)).int() * (2 if video else 1)
+    names = ("pixel_values_videos", "video_grid_thw") if video else ("pixel_values", "image_grid_thw")
+    return {"input_ids": ids, "mm_token_type_ids": kinds} | dict(zip(names, (pixels, grids)))
+
+
+@contextlib.contextmanager
+def plain(model):
+    """The model as Hugging Face runs it: eager attention, nothing remembered from an earlier call."""
+    model.set_attn_implementation("eager")
+    model.model.rope_deltas = None
+    yield model
+    model.model.rope_deltas = None
+    model.set_attn_implementation({"": "sdpa", "text_config": "branches"})
+
+
+def row_logprobs(backbone, scene, prompt, completion, **changed):
+    """(log-probabilities, entropies) of one completion, from one unpadded row of one full forward."""
+    with plain(backbone.model) as model:
+        logits = model(**inputs(backbone, scene, prompt + completion) | changed).logits[0, -len(completion) - 1 : -1]
+    logits = logits.log_softmax(-1)  # (C, V)
+    picked = torch.stack([logits[place, token] for place, token in enumerate(completion)])
+    return picked, -(logits.exp() * logits).sum(-1)
+
+
+def make_branches(backbone, counts, shift=0):
+    """Unlike questions with unlike completions: a list for each scene."""
+    out = []
+    for scene, count in enumerate(counts):
+        out.append([])
+        for branch in range(count):
+            n = (scene + branch + shift) % 4
+            texts = QUESTIONS[n] + common.BRANCH_END, COMPLETIONS[n] + common.STOP
+            out[-1].append(tuple(encode(backbone, text) for text in texts))
+    return out
+
+
+def check_against_rows(backbone, scenes, prefixes, branches, before=()):
+    """Values, entropy and mask of branch_logprobs against separate rows; `before`: text that the prefixes end with."""
+    logps, entropy, mask = common.branch_logprobs(backbone, prefixes, branches)
+    row = 0
+    for scene, group, words in zip(scenes, branches, before or [[]] * len(scenes)):
+        for prompt, completion in group:
+            wanted, wanted_entropy = row_logprobs(backbone, scene, words + prompt, completion)
+            count = len(completion)
+            assert mask[row].tolist() == [True] * count + [False] * (mask.shape[1] - count)
+            torch.testing.assert_close(logps[row, :count], wanted, atol=1e-4, rtol=0)
+            torch.testing.assert_close(entropy[row, :count], wanted_entropy, atol=1e-4, rtol=0)
+            assert logps[row, count:].abs().sum() == 0 and entropy[row, count:].abs().sum() == 0
+            row += 1
+    assert row == len(logps)
+
+
+# ------------------------------------------------------------------------------------------------
+# Log-probabilities and gradients
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", range(4), ids=["one image", "several images", "even video", "odd video"])
+@torch.no_grad()
+def test_logprobs_of_one_scene_equal_separate_rows(backbone, scenes, which):
+    some = scenes[which : which + 1]
+    check_against_rows(backbone, some, common.encode_scenes(backbone, some), make_branches(backbone, [4]))
+
+
+@torch.no_grad()
+def test_logprobs_of_unlike_scenes_with_unequal_branch_counts_equal_separate_rows(backbone, scenes):
+    check_against_rows(backbone, scenes, common.encode_scenes(backbone, scenes), make_branches(backbone, [1, 4, 2, 3]))
+
+
+@torch.no_grad()
+def test_logprobs_of_a_long_video_equal_separate_rows(backbone, scene):
+    """16 frames: their time positions run past those of the words behind them; the last position is not the largest."""
+    some = [scene("video", [(112, 84)] * 16), scene("single_image", [(112, 84)])]
+    check_against_rows(backbone, some, common.encode_scenes(backbone, some), make_branches(backbone, [2, 2]))
+
+
+@torch.no_grad()
+def test_logprobs_of_a_rollout_equal_separate_rows(backbone, scenes):
+    """GRPO's form: the question belongs to the prefix, the branches are completions without a prompt."""
+    words = [encode(backbone, question + common.BRANCH_END) for question in QUESTIONS]
+    prefixes = [common.extend_prefix(p, ids) for p, ids in zip(common.encode_scenes(backbone, scenes), words)]
+    branches = [[([], completion) for _, completion in group] for group in make_branches(backbone, [4, 1, 3, 2])]
+    check_against_rows(backbone, scenes, prefixes, branches, words)
+
+
+@torch.no_grad()
+def test_branches_with_and_without_a_prompt_may_be_mixed(backbone, scenes):
+    (with_prompt, (_, completion)), *_ = make_branches(backbone, [2])
+    some = scenes[:1]
+    check_against_rows(backbone, some, common.encode_scenes(backbone, some), [[with_prompt, ([], completion)]])
+
+
+def gradients(backbone, loss):
+    backbone.model.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name: p.grad.clone() for name, p in backbone.model.named_parameters() if p.grad is not None}
+
+
+def assert_gradients_equal(got, wanted, tolerance):
+    """Every parameter, by the norm of the difference relative to its own norm."""
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        assert wanted[name].norm() > 0, name
+        assert (got[name] - wanted[name]).norm() <= tolerance * wanted[name].norm(), name
+
+
+def uneven(shape):
+    """Weights of the tokens' log-probabilities: a plain sum could hide tokens that were swapped."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)) - 0.4
+
+
+@pytest.mark.parametrize("rollout", [False, True], ids=["prompts", "empty prompts"])
+def test_gradients_equal_those_of_separate_rows(backbone, scenes, rollout):
+    """Of every parameter: nothing is frozen here, so that the pictures' features carry gradients as well."""
+    words = [encode(backbone, QUESTIONS[0] + common.BRANCH_END) if rollout else [] for _ in scenes]
+    branches = make_branches(backbone, [1, 4, 2, 1])
+    if rollout:
+        branches = [[([], completion) for _, completion in group] for group in branches]
+    prefixes = [common.extend_prefix(p, ids) for p, ids in zip(common.encode_scenes(backbone, scenes), words)]
+    logps, _, mask = common.branch_logprobs(backbone, prefixes, branches)
+    weights = uneven(mask.shape)
+    got = gradients(backbone, (logps * weights).sum())
+
+    rows = [(s, w + prompt, completion) for s, w, group in zip(scenes, words, branches) for prompt, completion in group]
+    loss = 0
+    for row, (scene, prompt, completion) in enumerate(rows):
+        loss = loss + (row_logprobs(backbone, scene, prompt, completion)[0] * weights[row, : len(completion)]).sum()
+    assert any("visual" in name for name in got) and any("language_model" in name for name in got)
+    assert_gradients_equal(got, gradients(backbone, loss), 1e-4)
+
+
+def test_entropy_carries_no_gradient(backbone, scenes):
+    logps, entropy, _ = common.branch_logprobs(
+        backbone, common.encode_scenes(backbone, scenes), make_branches(backbone, [1, 1, 1, 1])
+    )
+    assert logps.requires_grad and not entropy.requires_grad
+
+
+def test_logits_in_chunks_give_the_same_values_and_gradients(backbone, scenes):
+    branches = make_branches(backbone, [1, 2, 1, 1])
+    results = []
+    for chunk in (3, 10_000):
+        prefixes = common.encode_scenes(backbone, scenes)
+        logps, entropy, mask = common.branch_logprobs(backbone, prefixes, branches, chunk=chunk)
+        results.append((logps.detach(), entropy, gradients(backbone, (logps * uneven(mask.shape)).sum())))
+    assert mask.sum() > 30 and mask.sum() % 3  # many chunks, the last of them not full
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-5, rtol=0)
+    assert_gradients_equal(results[0][2], results[1][2], 1e-5)
+
+
+def test_gradient_checkpointing_changes_no_gradient(backbone, scenes):
+    branches = make_branches(backbone, [1, 2, 1, 1])
+    backbone.model.train()
+    results = []
+    for on in (False, True):
+        if on:
+            backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+        logps, _, mask = common.branch_logprobs(backbone, common.encode_scenes(backbone, scenes), branches)
+        results.append(gradients(backbone, (logps * uneven(mask.shape)).sum()))
+    assert_gradients_equal(results[1], results[0], 1e-5)
+
+
+# ------------------------------------------------------------------------------------------------
+# Positions
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind,sizes",
+    [
+        ("single_image", [(112, 84)]),
+        ("multi_view", [(84, 112), (112, 112), (56, 140)]),
+        ("video", [(112, 84)] * 3),
+        ("video", [(112, 84)] * 16),  # time positions up to 4 * 7 past the first, the picture is only 4 tokens wide
+    ],
+    ids=["one image", "several images", "short video", "long video"],
+)
+def test_an_extended_prefix_has_the_positions_of_the_whole(backbone, scene, kind, sizes):
+    some = scene(kind, sizes)
+    words = encode(backbone, QUESTIONS[0] + common.BRANCH_END)
+    prefix = common.extend_prefix(common.encode_scenes(backbone, [some])[0], words)
+    whole = inputs(backbone, some, words)
+    grids = {name: value for name, value in whole.items() if name.endswith("grid_thw")}
+    wanted, _ = backbone.model.model.get_rope_index(whole["input_ids"], whole["mm_token_type_ids"], **grids)
+    assert prefix.ids.tolist() == whole["input_ids"][0].tolist()
+    assert prefix.positions.tolist() == wanted[:, 0].tolist()
+
+
+@torch.no_grad()
+def test_a_row_without_token_types_differs_so_much_that_these_tests_notice(backbone, scenes):
+    """Without mm_token_type_ids the model raises nothing and silently takes the positions of plain text."""
+    for scene in scenes:
+        ((prompt, completion),) = make_branches(backbone, [1], shift=1)[0]
+        right, _ = row_logprobs(backbone, scene, prompt, completion)
+        wrong, _ = row_logprobs(backbone, scene, prompt, completion, mm_token_type_ids=None)
+        ours, _, _ = common.branch_logprobs(backbone, common.encode_scenes(backbone, [scene]), [[(prompt, completion)]])
+        assert (right - wrong).abs().max() > 1e-3
+        torch.testing.assert_close(ours[0], right, atol=1e-4, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------
+# Generation
+# ------------------------------------------------------------------------------------------------
+
+
+def greedy(backbone, scene, prompt, count):
+    """transformers' own greedy decoding of one row."""
+    whole = inputs(backbone, scene, prompt)
+    with plain(backbone.model) as model:
+        out = model.generate(
+            **whole, attention_mask=torch.ones_like(whole["input_ids"]), max_new_tokens=count, do_sample=False,
+            repetition_penalty=1.0, top_k=None, top_p=None, temperature=None, suppress_tokens=backbone.suppress,
+            eos_token_id=backbone.stop, pad_token_id=0,
+        )  # fmt: skip
+    return out[0, whole["input_ids"].shape[1] :].tolist()
+
+
+def prompts_for(backbone, counts):
+    return [[prompt for prompt, _ in group] for group in make_branches(backbone, counts)]
+
+
+def lively(backbone, bonus=0.0, spread=0.3):
+    """A head of its own, `bonus` for the end token: with a tied one, random weights repeat the last word forever."""
+    generator = torch.Generator().manual_seed(0)
+    head = backbone.model.lm_head = torch.nn.Linear(128, len(backbone.tokenizer))
+    with torch.no_grad():
+        head.weight.normal_(std=spread, generator=generator)
+        head.bias.zero_()
+        head.bias[backbone.stop[0]] = bonus
+
+
+def stop_unevenly(backbone, groups):
+    """Make the token an end token that these texts hold at the most unlike places."""
+    texts = [text for group in groups for text in group]
+
+    def places(token):
+        return {text.index(token) if token in text else None for text in texts}
+
+    backbone.stop = [max(sorted({token for text in texts for token in text}), key=lambda token: len(places(token)))]
+
+
+def test_greedy_text_equals_generate_and_batches_of_one(backbone, scenes):
+    lively(backbone)
+    prefixes, prompts = common.encode_scenes(backbone, scenes), prompts_for(backbone, [1, 4, 3, 2])
+    assert len({len(prefix.ids) for prefix in prefixes}) > 2  # so some are padded on the left
+    stop_unevenly(backbone, common.branch_generate(backbone, prefixes, prompts, 14))
+    together = common.branch_generate(backbone, prefixes, prompts, 14)
+    assert [len(group) for group in together] == [1, 4, 3, 2]
+    for scene, prefix, group, texts in zip(scenes, prefixes, prompts, together):
+        for prompt, text in zip(group, texts):
+            assert text == greedy(backbone, scene, prompt, 14)
+            assert [[text]] == common.branch_generate(backbone, [prefix], [[prompt]], 14)
+    assert len({len(text) for group in together for text in group}) > 2  # so rows were dropped on the way
+
+
+def test_greedy_rollout_equals_generate(backbone, scenes):
+    lively(backbone)
+    words = [encode(backbone, question + common.BRANCH_END) for question in QUESTIONS]
+    prefixes = [common.extend_prefix(p, ids) for p, ids in zip(common.encode_scenes(backbone, scenes), words)]
+    together = common.branch_generate(backbone, prefixes, [[[]] * count for count in (2, 1, 4, 1)], 12)
+    for scene, prompt, texts, count in zip(scenes, words, together, (2, 1, 4, 1)):
+        assert texts == [greedy(backbone, scene, prompt, 12)] * count
+
+
+def test_greedy_text_about_a_long_video_equals_full_forwards(backbone, scene):
+    """Against one full forward for each token, since generate() counts on from the largest position of its prompt."""
+    lively(backbone)
+    some = scene("video", [(112, 84)] * 16)
+    prompt = encode(backbone, "How many?" + common.BRANCH_END)
+    (((text,)),) = common.branch_generate(backbone, common.encode_scenes(backbone, [some]), [[prompt]], 8)
+    for step, token in enumerate(text):
+        with plain(backbone.model) as model, torch.no_grad():
+            logits = model(**inputs(backbone, some, prompt + text[:step])).logits[0, -1]
+        logits[backbone.suppress] = -torch.inf
+        assert token == logits.argmax()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+def test_a_completion_ends_with_the_end_token_and_nothing_follows(backbone, scenes, temperature):
+    prefixes, prompts = common.encode_scenes(backbone, scenes), prompts_for(backbone, [4, 4, 4, 4])
+    torch.manual_seed(0)
+    if temperature:
+        lively(backbone, bonus=4.5, spread=0.1)  # the end token has about one chance in ten
+    else:
+        lively(backbone)
+        stop_unevenly(backbone, common.branch_generate(backbone, prefixes, prompts, 12))
+    groups = common.branch_generate(backbone, prefixes, prompts, 12, temperature)
+    texts = [text for group in groups for text in group]
+    for text in texts:
+        assert not set(text[:-1]) & set(backbone.stop)
+        assert text[-1] in backbone.stop or len(text) == 12
+    assert len({len(text) for text in texts}) > 2
+
+
+def test_vision_tokens_are_never_sampled(backbone, scenes):
+    head = torch.nn.Linear(128, len(backbone.tokenizer))
+    with torch.no_grad():
+        head.bias[backbone.suppress] = 30.0  # nearly all of the probability
+    backbone.model.lm_head = head
+    prefixes, prompts = common.encode_scenes(backbone, scenes), prompts_for(backbone, [2, 2, 2, 2])
+    names = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    vision = set(backbone.tokenizer.convert_tokens_to_ids(list(names)))
+    for temperature in (0.0, 1.0):
+        for group in common.branch_generate(backbone, prefixes, prompts, 10, temperature):
+            assert not vision & {token for text in group for token in text}
+    backbone.suppress = []  # and this is what it was up against
+    (((text,)),) = common.branch_generate(backbone, prefixes[:1], [prompts[0][:1]], 5, 1.0)
+    assert set(text) <= vision
+
+
+def test_generation_runs_in_eval_mode_and_restores_the_mode(backbone, scenes):
+    seen = []
+    layer = backbone.model.model.language_model.layers[0]
+    layer.register_forward_pre_hook(lambda module, _: seen.append(module.training))
+    prefixes, prompts = common.encode_scenes(backbone, scenes[:1]), prompts_for(backbone, [1])
+    for training in (True, False):
+        backbone.model.train(training)
+        common.branch_generate(backbone, prefixes, prompts, 3)
+        assert backbone.model.training == training
+        assert layer.training == training
+    assert seen and not any(seen)
+
+
+def test_train_mode_with_checkpointing_does_not_change_generation(backbone, scenes):
+    """In train mode checkpointing drops the cache, with only a warning, and every later token is wrong."""
+    lively(backbone)
+    prefixes, prompts = common.encode_scenes(backbone, scenes), prompts_for(backbone, [2, 1, 1, 2])
+    wanted = common.branch_generate(backbone, prefixes, prompts, 12)
+    backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+    backbone.model.train()
+    assert common.branch_generate(backbone, prefixes, prompts, 12) == wanted
+
+
+def test_the_scorer_sees_the_distribution_of_the_sampler(backbone, scenes, monkeypatch):
+    """The log-probability that each token was drawn with equals the one that branch_logprobs gives it."""
+    head = torch.nn.Linear(128, len(backbone.tokenizer))
+    with torch.no_grad():
+        head.weight.copy_(backbone.model.lm_head.weight)
+        head.bias[backbone.suppress] = -30.0  # as in any trained model: a vision token is no answer
+    backbone.model.lm_head = head
+    backbone.stop = [-1]  # so that no row is dropped and rows of the sampler are rows of the scorer
+    drawn, multinomial = [], torch.multinomial
+
+    def draw(probabilities, count):
+        token = multinomial(probabilities, count)
+        drawn.append(probabilities.gather(-1, token)[:, 0].log())
+        return token
+
+    monkeypatch.setattr(torch, "multinomial", draw)
+    torch.manual_seed(0)
+    words = [encode(backbone, question + common.BRANCH_END) for question in QUESTIONS]
+    prefixes = [common.extend_prefix(p, ids) for p, ids in zip(common.encode_scenes(backbone, scenes), words)]
+    groups = common.branch_generate(backbone, prefixes, [[[]] * count for count in (3, 1, 2, 2)], 9, temperature=1.0)
+    assert len({tuple(text) for text in groups[0]}) == 3  # sampled, not greedy
+    with torch.no_grad():
+        logps, _, _ = common.branch_logprobs(backbone, prefixes, [[([], text) for text in group] for group in groups])
+        whole = [row_logprobs(backbone, s, w, text)[0] for s, w, group in zip(scenes, words, groups) for text in group]
+    torch.testing.assert_close(logps, torch.stack(drawn, dim=1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(logps, torch.stack(whole), atol=1e-4, rtol=0)
+
+
+def test_a_rollout_leaves_nothing_behind_that_changes_the_next_scene(backbone, scenes):
+    branches = make_branches(backbone, [1, 2, 1, 1])
+    with torch.no_grad():
+        before, _, _ = common.branch_logprobs(backbone, common.encode_scenes(backbone, scenes), branches)
+        prefixes = common.encode_scenes(backbone, scenes[::-1][:2])
+        common.branch_generate(backbone, prefixes, prompts_for(backbone, [2, 1]), 5, 1.0)
+        after, _, _ = common.branch_logprobs(backbone, common.encode_scenes(backbone, scenes), branches)
+    assert torch.equal(before, after)

@@ -1,0 +1,489 @@
+"""Order of the data, schedule, label masks, what is trained and saved, checkpoints."""
+
+import json
+import math
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+import common
+from common import TrainSettings
+
+QUESTION, ANSWER = "Is the chair left or right?", "<think>The chair is at 12, 34.</think><answer>B</answer>"
+
+
+def make_settings(tmp_path, **changed):
+    return TrainSettings(**{"model": "m", "data": "d", "out": str(tmp_path / "run"), "load": "fp32"} | changed)
+
+
+@pytest.fixture
+def scenes(ladder_data):
+    """A picture with its questions, and a video with its questions."""
+    groups = common.group_scenes(common.read_examples(ladder_data, "spatial"))
+    return [groups[0], groups[-1]]
+
+
+def pairs(backbone, count):
+    """`count` branches for each of two scenes."""
+    encode = lambda text: list(common.encode_text(backbone.tokenizer, text))  # noqa: E731
+    words = encode(QUESTION + common.BRANCH_END)
+    return [[(words, encode(f"{n} {ANSWER}{common.STOP}")) for n in range(count)] for _ in range(2)]
+
+
+def loss_of(backbone, scenes, branches):
+    logps, _, mask = common.branch_logprobs(backbone, common.encode_scenes(backbone, scenes), branches)
+    return -logps.sum() / mask.sum()
+
+
+@torch.no_grad()
+def scores_of(backbone, scenes, branches):
+    return common.branch_logprobs(backbone, common.encode_scenes(backbone, scenes), branches)[0]
+
+
+def train_a_little(backbone, scenes, settings, steps=2, optimizers=None):
+    """A few optimiser steps; returns the optimizers."""
+    optimizers = optimizers or common.make_optimizers(backbone.model, settings)
+    for step in range(steps):
+        loss_of(backbone, scenes, pairs(backbone, 2)).backward()
+        common.optimizer_step(backbone.model, optimizers, settings, step, 10)
+    return optimizers
+
+
+# ------------------------------------------------------------------------------------------------
+# Order and schedule
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("items,count", [(10, 5), (10, 3), (7, 16), (1, 4)])
+def test_every_item_comes_once_in_each_pass(items, count):
+    """Also where a pass ends in the middle of a step, and where a step is longer than a pass."""
+    passes = 6
+    stream = []
+    for step in range(math.ceil(passes * items / count)):
+        batch = common.batch_at(list(range(items)), step, count, seed=3)
+        assert len(batch) == count
+        stream += batch
+    for start in range(0, passes * items, items):
+        assert sorted(stream[start : start + items]) == list(range(items))
+
+
+def test_the_order_differs_between_seeds_and_passes_and_repeats_for_the_same():
+    def order(seed, step):
+        return common.batch_at(list(range(50)), step, 50, seed)
+
+    assert order(0, 0) == order(0, 0)
+    assert len({tuple(order(seed, step)) for seed in range(3) for step in range(3)}) == 9
+
+
+def test_packs_hold_every_pair_once_and_at_most_so_many_branches(scenes):
+    def pairs_of(scene):
+        return [(example.id, "x") for example in scene.examples]
+
+    packs = common.make_packs(scenes, pairs_of, 3, seed=0)
+    assert max(len(pack.pairs) for pack in packs) == 3
+    found = Counter((id(pack.scene), name) for pack in packs for name, _ in pack.pairs)
+    assert found == Counter((id(scene), example.id) for scene in scenes for example in scene.examples)
+
+
+def rates(settings, steps):
+    """The rate of each step, seen also in how far plain SGD moves a lone weight."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=123.0)
+    out = []
+    for step in range(steps):
+        before = model.weight.item()
+        model.weight.grad = torch.full((1, 1), 0.5)
+        common.optimizer_step(model, [optimizer], settings, step, steps)
+        assert before - model.weight.item() == pytest.approx(0.5 * optimizer.param_groups[0]["lr"], rel=1e-4)
+        assert model.weight.grad is None
+        out.append(optimizer.param_groups[0]["lr"])
+    return out
+
+
+def test_the_rate_rises_in_a_line_and_falls_as_a_cosine(tmp_path):
+    """Ten steps, four of them rising: quarters, then the cosine from one over six steps towards zero."""
+    half = math.sqrt(3) / 2
+    wanted = [0.25, 0.5, 0.75, 1, 1, (1 + half) / 2, 0.75, 0.5, 0.25, (1 - half) / 2]
+    assert rates(make_settings(tmp_path, lr=0.2, warmup=0.4), 10) == pytest.approx([0.2 * x for x in wanted])
+
+
+def test_without_warmup_the_first_step_has_the_whole_rate(tmp_path):
+    assert rates(make_settings(tmp_path, lr=1.0, warmup=0.0), 4) == pytest.approx([1, 1, 0.75, 0.25])
+
+
+def test_a_single_step_has_the_whole_rate(tmp_path):
+    assert rates(make_settings(tmp_path, lr=1.0), 1) == [1.0]
+
+
+def test_gradients_are_clipped_to_the_norm_of_the_settings(tmp_path):
+    model = torch.nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = model.weight.detach().clone()
+    model.weight.grad = torch.tensor([[30.0, 40.0]])
+    norm = common.optimizer_step(model, [optimizer], make_settings(tmp_path, lr=1.0, warmup=0, clip=2.0), 0, 10)
+    assert norm == pytest.approx(50)  # as it was
+    torch.testing.assert_close(before - model.weight.detach(), torch.tensor([[1.2, 1.6]]))
+
+
+def test_muon_takes_the_matrices_of_the_layers_at_its_own_rate(backbone, scenes, tmp_path):
+    settings = make_settings(tmp_path, tune="full", optimizer="muon", lr=1e-3, muon_lr=0.02, warmup=0.0)
+    common.adapt(backbone, settings)
+    muon, adamw = train_a_little(backbone, scenes, settings, steps=1)
+    assert (muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"]) == (0.02, 1e-3)
+    names = {id(p): name for name, p in backbone.model.named_parameters()}
+    matrices = [names[id(p)] for p in muon.param_groups[0]["params"]]
+    rest = [names[id(p)] for p in adamw.param_groups[0]["params"]]
+    assert len(matrices) == 4 * 7 and all("language_model.layers" in name for name in matrices)
+    assert sorted(matrices + rest) == sorted(name for name, p in backbone.model.named_parameters() if p.requires_grad)
+
+
+# ------------------------------------------------------------------------------------------------
+# Label mask
+# ------------------------------------------------------------------------------------------------
+
+
+def test_only_completion_tokens_are_counted_and_padding_is_zero(backbone, scenes):
+    encode = lambda text: list(common.encode_text(backbone.tokenizer, text))  # noqa: E731
+    branches = [
+        [(encode(QUESTION), encode("B" + common.STOP)), (encode("Why?"), encode(ANSWER + common.STOP))],
+        [(encode(QUESTION * 3), encode("12" + common.STOP))],
+    ]
+    logps, _, mask = common.branch_logprobs(backbone, common.encode_scenes(backbone, scenes), branches)
+    lengths = [len(completion) for group in branches for _, completion in group]
+    assert mask.sum(1).tolist() == lengths == [2, len(encode(ANSWER)) + 1, 3]
+    assert logps.shape == mask.shape == (3, max(lengths))
+    assert (logps[mask] < 0).all() and (logps[~mask] == 0).all()
+
+
+def test_the_head_sees_completion_tokens_only(backbone, scenes):
+    rows = []
+    backbone.model.lm_head.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    branches = pairs(backbone, 3)
+    loss_of(backbone, scenes, branches)
+    assert sum(rows) == sum(len(completion) for group in branches for _, completion in group)
+
+
+def test_loss_and_gradients_equal_those_of_the_model_with_masked_labels(backbone, scenes):
+    """Labels of -100 over system words, pictures, question and the opening of the answer: transformers' own loss."""
+    scene, ((prompt, completion),) = scenes[0], pairs(backbone, 1)[0]
+    loss = loss_of(backbone, [scene], [[(prompt, completion)]])
+    loss.backward()
+    got = {name: p.grad.clone() for name, p in backbone.model.named_parameters()}
+    (prefix,) = common.encode_scenes(backbone, [scene])
+    pixels, grids = common.picture_patches(backbone.processor, [common.load_image(path) for path in scene.images])
+    ids = torch.tensor([prefix.ids.tolist() + prompt + completion])
+    labels = ids.clone()
+    labels[0, : -len(completion)] = -100
+    backbone.model.zero_grad()
+    backbone.model.set_attn_implementation("eager")
+    wanted = backbone.model(
+        input_ids=ids, labels=labels, pixel_values=pixels, image_grid_thw=grids,
+        mm_token_type_ids=(ids == backbone.model.config.image_token_id).int(),
+    ).loss  # fmt: skip
+    wanted.backward()
+    torch.testing.assert_close(loss, wanted, atol=1e-5, rtol=0)
+    for name, parameter in backbone.model.named_parameters():
+        assert (got[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm(), name
+
+
+def test_pieces_of_a_conversation_encode_as_the_whole(backbone, scenes):
+    tokenizer = backbone.tokenizer
+    completions = ["B", "0.7", "116", ANSWER, '[{"bbox_2d":[1,2,33,44],"label":"chair"}]',
+    '[{"label":"a","bbox_2d":[1,2,3,4]}]']
+    for scene in scenes:
+        (prefix,) = common.encode_scenes(backbone, [scene])
+        pixels, grids = common.picture_patches(
+            backbone.processor, [common.load_image(path) for path in scene.images], scene.data_type == "video"
+        )
+        pad = {"single_image": "<|image_pad|>", "video": "<|video_pad|>"}[scene.data_type] * (len(pixels) // 4)
+        for example, completion in zip(scene.examples * 2, completions):
+            for mode in common.INSTRUCTIONS:
+                question = common.prompt_text(example, mode)
+                pieces = [*prefix.ids.tolist()]
+                pieces += common.encode_text(tokenizer, question + common.BRANCH_END)
+                pieces += common.encode_text(tokenizer, completion + common.STOP)
+                whole = (
+                    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+                    f"<|im_start|>user\n<|vision_start|>{pad}<|vision_end|>{question}<|im_end|>\n"
+                    f"<|im_start|>assistant\n{completion}<|im_end|>"
+                )
+                assert pieces == tokenizer(whole, add_special_tokens=False)["input_ids"]
+                assert tokenizer.decode(pieces) == whole
+
+
+# ------------------------------------------------------------------------------------------------
+# What is trained, and what is saved
+# ------------------------------------------------------------------------------------------------
+
+
+def test_lora_adapts_the_language_model_only_and_says_how_much(backbone, tmp_path, capsys):
+    common.adapt(backbone, make_settings(tmp_path, lora_rank=4))
+    adapted = [name for name, module in backbone.model.named_modules() if hasattr(module, "lora_A")]
+    assert len(adapted) == 4 * 7  # layers, projections
+    assert all("language_model.layers" in name and "visual" not in name for name in adapted)
+    trained = {name: p.numel() for name, p in backbone.model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name for name in trained)
+    sizes = [(128, 128), (128, 64), (128, 64), (128, 128), (128, 384), (128, 384), (384, 128)]  # q k v o gate up down
+    assert sum(trained.values()) == 4 * 4 * sum(a + b for a, b in sizes)
+    said = capsys.readouterr().err
+    assert "28 LoRA modules" in said and f"{sum(trained.values()):,}" in said
+
+
+def test_full_tuning_leaves_the_vision_tower_frozen(backbone, scenes, tmp_path, capsys):
+    common.adapt(backbone, make_settings(tmp_path, tune="full"))
+    frozen = {name for name, p in backbone.model.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name, _ in backbone.model.named_parameters() if "visual" in name} != set()
+    assert "LoRA" not in capsys.readouterr().err
+    backbone.model.train()
+    assert all(not prefix.features.requires_grad for prefix in common.encode_scenes(backbone, scenes))
+    loss_of(backbone, scenes, pairs(backbone, 1)).backward()
+    for name, parameter in backbone.model.named_parameters():
+        assert (parameter.grad is None) == (name in frozen), name
+
+
+def test_the_vision_tower_learns_where_asked_to(backbone, scenes, tmp_path):
+    common.adapt(backbone, make_settings(tmp_path, tune="full", train_vision=True))
+    assert all(prefix.features.requires_grad for prefix in common.encode_scenes(backbone, scenes))
+    loss_of(backbone, scenes, pairs(backbone, 1)).backward()
+    assert all(p.grad is not None and p.grad.norm() > 0 for p in backbone.model.model.visual.parameters())
+
+
+def test_kept_features_are_computed_once_and_are_the_same(backbone, scenes, tmp_path):
+    common.adapt(backbone, make_settings(tmp_path))
+    fresh = common.encode_scenes(backbone, scenes)
+    kept = common.encode_scenes(backbone, scenes, keep=True)
+    backbone.model.get_base_model().model.visual.forward = None  # must not be called again
+    again = common.encode_scenes(backbone, scenes)
+    for one, two, three in zip(fresh, kept, again):
+        assert torch.equal(one.features, two.features) and two is three
+    for scene in scenes:
+        scene.encoded = None
+
+
+def fill_lora(backbone):
+    """An adapter that does something: lora_B starts at zero."""
+    torch.manual_seed(1)
+    for name, parameter in backbone.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+
+
+def test_a_saved_model_gives_the_log_probabilities_of_its_adapter(backbone, scenes, tiny_model, tmp_path):
+    branches = pairs(backbone, 2)
+    base = scores_of(backbone, scenes, branches)
+    common.adapt(backbone, make_settings(tmp_path, lora_rank=4))
+    assert torch.equal(scores_of(backbone, scenes, branches), base)  # a new adapter changes nothing
+    fill_lora(backbone)
+    adapted = scores_of(backbone, scenes, branches)
+    assert (adapted - base).abs().max() > 0.1
+    common.save_model(backbone, tmp_path)
+    saved = common.load_backbone(tmp_path / "model", "fp32")
+    torch.testing.assert_close(scores_of(saved, scenes, branches), adapted, atol=1e-5, rtol=0)
+    assert not any("lora" in name for name, _ in saved.model.named_parameters())
+
+    plain, ids = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "model"), torch.arange(10, 30)[None]
+    saved.model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(plain(input_ids=ids).logits, saved.model(input_ids=ids).logits, atol=1e-5, rtol=0)
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert common.encode_text(saved.tokenizer, ANSWER) == common.encode_text(backbone.tokenizer, ANSWER)
+    assert saved.processor.size == backbone.processor.size
+
+
+def test_a_fully_tuned_model_is_saved_as_it_is(backbone, scenes, tmp_path):
+    settings = make_settings(tmp_path, tune="full", lr=1e-2)
+    base = scores_of(backbone, scenes, pairs(backbone, 2))
+    common.adapt(backbone, settings)
+    train_a_little(backbone, scenes, settings)
+    trained = scores_of(backbone, scenes, pairs(backbone, 2))
+    assert (trained - base).abs().max() > 0.1
+    common.save_model(backbone, tmp_path)
+    saved = common.load_backbone(tmp_path / "model", "fp32")
+    torch.testing.assert_close(scores_of(saved, scenes, pairs(saved, 2)), trained, atol=1e-5, rtol=0)
+
+
+def test_pixel_limits_of_a_run_are_saved_with_its_model(tiny_model, tmp_path):
+    common.save_model(common.load_backbone(tiny_model, "fp32", min_pixels=28 * 28, max_pixels=84 * 84), tmp_path)
+    saved = common.load_backbone(tmp_path / "model", "fp32")
+    assert common.resized_size(saved.processor, 1000, 1000) == (84, 84)
+    assert common.resized_size(saved.processor, 28, 28) == (28, 28)
+
+
+def test_a_folder_without_a_model_is_named(tmp_path, tiny_model):
+    with pytest.raises(SystemExit, match="nowhere"):
+        common.load_backbone(tmp_path / "nowhere")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    with pytest.raises(SystemExit, match="half"):
+        common.load_backbone(tmp_path / "half")
+
+
+# ------------------------------------------------------------------------------------------------
+# 4-bit
+# ------------------------------------------------------------------------------------------------
+
+
+def test_a_4bit_model_still_learns_after_a_rollout(tiny_model, scenes, tmp_path):
+    """An eval forward may repack the 4-bit weights of a CPU, after which gradients vanish without an error."""
+    backbone = common.load_backbone(tiny_model, "4bit")
+    common.adapt(backbone, make_settings(tmp_path, load="4bit", lora_rank=4))
+    layer = common.core(backbone.model).model.language_model.layers[0]
+    assert type(layer.self_attn.q_proj.base_layer).__name__ == "Linear4bit"
+    assert {p.dtype for p in common.core(backbone.model).model.visual.parameters()} == {torch.bfloat16}
+    fill_lora(backbone)  # so that lora_A has gradients too
+    branches = pairs(backbone, 2)
+    with torch.no_grad():
+        prefixes = common.encode_scenes(backbone, scenes)
+    backbone.model.train()
+    common.branch_generate(backbone, prefixes, [[prompt for prompt, _ in group] for group in branches], 4, 1.0)
+    loss_of(backbone, scenes, branches).backward()
+    trained = {name: p.grad for name, p in backbone.model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 28
+    for name, grad in trained.items():
+        assert grad is not None and grad.isfinite().all() and grad.norm() > 0, name
+
+
+def test_a_4bit_model_is_merged_into_bf16_weights(tiny_model, scenes, tmp_path):
+    """Equal to the same adapter merged into the bf16 model, and not into what 4 bits left of it."""
+    backbone = common.load_backbone(tiny_model, "4bit")
+    common.adapt(backbone, make_settings(tmp_path, load="4bit", lora_rank=4))
+    fill_lora(backbone)
+    delta = {}
+    for name, module in backbone.model.named_modules():
+        if hasattr(module, "lora_A"):
+            key = name.removeprefix("base_model.model.") + ".weight"
+            low, high = module.lora_A["default"].weight, module.lora_B["default"].weight
+            delta[key] = (high @ low).detach() * (32 / 4)  # alpha / rank
+    common.save_model(backbone, tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "model" / "config.json").read_text())
+    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
+    saved, plain = common.load_backbone(tmp_path / "model", "bf16"), common.load_backbone(tiny_model, "bf16")
+    weights = dict(plain.model.named_parameters())
+    for name, parameter in saved.model.named_parameters():
+        wanted = weights[name].float() + delta.get(name, 0)
+        torch.testing.assert_close(parameter.float(), wanted, atol=2e-3, rtol=1e-2)
+    assert len(delta) == 28 and all(value.abs().max() > 0.05 for value in delta.values())
+    assert scores_of(saved, scenes, pairs(saved, 1)).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changed", [{"lora_rank": 4}, {"tune": "full"}, {"tune": "full", "optimizer": "muon"}],
+ids=str)
+def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tiny_model, scenes, tmp_path, changed):
+    settings = make_settings(tmp_path, **changed)
+    folder, step = common.start_run(settings)
+    assert step == 0
+    torch.manual_seed(0)
+    first = common.load_backbone(tiny_model, "fp32")
+    common.adapt(first, settings)
+    optimizers = train_a_little(first, scenes, settings)
+    common.save_checkpoint(folder, 2, first, optimizers, settings)
+    train_a_little(first, scenes, settings, optimizers=optimizers)
+
+    torch.manual_seed(1)  # another adapter before loading
+    second = common.load_backbone(tiny_model, "fp32")
+    common.adapt(second, settings)
+    optimizers = common.make_optimizers(second.model, settings)
+    assert common.start_run(settings) == (folder, 2)
+    common.load_checkpoint(folder, second, optimizers)
+    assert all(optimizer.state_dict()["state"] for optimizer in optimizers)
+    train_a_little(second, scenes, settings, optimizers=optimizers)
+    for (name, wanted), (_, got) in zip(first.model.named_parameters(), second.model.named_parameters(), strict=True):
+        assert torch.equal(wanted, got), name
+
+
+def small_checkpoint(settings, step=3):
+    """A checkpoint of a model of one weight, `step`."""
+    folder, _ = common.start_run(settings)
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(model.weight, step)
+    backbone = SimpleNamespace(model=model, device=torch.device("cpu"))
+    common.save_checkpoint(folder, step, backbone, [torch.optim.AdamW(model.parameters())], settings)
+    return folder, backbone
+
+
+def test_a_new_checkpoint_takes_the_place_of_the_old_one(tmp_path):
+    settings = make_settings(tmp_path)
+    folder, _ = small_checkpoint(settings, 3)
+    _, backbone = small_checkpoint(settings, 6)
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["checkpoint"]
+    torch.nn.init.zeros_(backbone.model.weight)
+    common.load_checkpoint(folder, backbone, [])
+    assert backbone.model.weight.item() == 6
+    assert common.start_run(settings) == (folder, 6)
+
+
+def test_a_run_stopped_between_the_two_renames_is_recovered(tmp_path):
+    settings = make_settings(tmp_path)
+    folder, backbone = small_checkpoint(settings)
+    (folder / "checkpoint").rename(folder / "checkpoint.old")
+    assert common.start_run(settings) == (folder, 3)
+    torch.nn.init.zeros_(backbone.model.weight)
+    common.load_checkpoint(folder, backbone, [])
+    assert backbone.model.weight.item() == 3
+
+
+def test_a_run_stopped_while_writing_keeps_the_checkpoint_before(tmp_path):
+    settings = make_settings(tmp_path)
+    folder, _ = small_checkpoint(settings)
+    (folder / "checkpoint.new").mkdir()
+    (folder / "checkpoint.new" / "weights.safetensors").write_bytes(b"half")
+    assert common.start_run(settings) == (folder, 3)
+    small_checkpoint(settings, 4)
+    assert common.start_run(settings) == (folder, 4)
+
+
+@pytest.mark.parametrize("name,value",
+[("lr", 0.5), ("seed", 7), ("tune", "full"), ("data", "elsewhere"), ("steps", 99)])
+def test_a_checkpoint_of_other_settings_is_refused_by_name(tmp_path, name, value):
+    settings = make_settings(tmp_path)
+    small_checkpoint(settings)
+    with pytest.raises(SystemExit) as stopped:
+        common.start_run(make_settings(tmp_path, **{name: value}))
+    assert f"--{name} {getattr(settings, name)}" in str(stopped.value) and str(value) in str(stopped.value)
+    assert common.start_run(settings)[1] == 3  # and nothing was lost
+
+
+def test_more_steps_may_be_asked_of_a_checkpoint(tmp_path):
+    small_checkpoint(make_settings(tmp_path, max_steps=3))
+    assert common.start_run(make_settings(tmp_path, max_steps=8, processes=1))[1] == 3
+
+
+def test_resume_never_starts_anew_and_other_words_are_refused(tmp_path):
+    folder, _ = small_checkpoint(make_settings(tmp_path))
+    assert common.start_run(make_settings(tmp_path, resume="never", lr=0.5)) == (folder, 0)
+    assert not (folder / "checkpoint").exists()
+    with pytest.raises(SystemExit, match="sometimes"):
+        common.start_run(make_settings(tmp_path, resume="sometimes"))
+
+
+def test_lines_logged_after_the_checkpoint_are_dropped(tmp_path):
+    settings = make_settings(tmp_path)
+    folder, _ = small_checkpoint(settings, step=2)
+    for step in (1, 2, 3, 4):
+        common.log(folder, {"step": step})
+    common.start_run(settings)
+    assert [row["step"] for row in common.read_jsonl(folder / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_checkpoint_of_another_model_is_refused(backbone, tmp_path):
+    folder, _ = small_checkpoint(make_settings(tmp_path))
+    with pytest.raises(SystemExit, match="another model"):
+        common.load_checkpoint(folder, backbone, [])
+
+
+def test_every_step_draws_its_own_numbers_and_again_the_same(tmp_path):
+    def draw(seed, step):
+        common.seed_step(make_settings(tmp_path, seed=seed), step)
+        return torch.rand(1).item()
+
+    assert draw(0, 5) == draw(0, 5)
+    assert len({draw(seed, step) for seed in range(4) for step in range(4)}) == 16
