@@ -23,6 +23,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -263,7 +264,7 @@ def valid_box(box):
     """Whether `box` is [x1, y1, x2, y2], finite, not reversed."""
     if not isinstance(box, (list, tuple)) or len(box) != 4:
         return False
-    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in box):
+    if not all(isinstance(x, (int, float)) and abs(x) < 1e9 for x in box):  # refuses nan and inf, too
         return False
     return box[0] < box[2] and box[1] < box[3]
 
@@ -437,8 +438,9 @@ def encode_scenes(backbone, scenes, keep=False):
 
 
 def text_positions(prefix, count):
-    """(3, count) positions of text after a prefix: it starts where the prefix ends, equal in all three rows."""
-    start = int(prefix.positions.max()) + 1
+    """(3, count) positions of text after a prefix: it starts behind the prefix's last token, equal in all three rows.
+    (Not behind its largest position: the time of a long video runs ahead of the text that follows it.)"""
+    start = int(prefix.positions[0, -1]) + 1
     return torch.arange(start, start + count, device=prefix.ids.device).expand(3, -1)
 
 
@@ -598,7 +600,7 @@ def branch_generate(backbone, prefixes, branches, max_new_tokens, temperature=0.
         torch.tensor([len(group) for group in branches], device=device)
     )  # (N,)
     cache.batch_select_indices(owner)  # one copy of its prefix for each branch
-    hidden, mask, next_position = hidden[owner], mask[owner], positions.amax((0, 2))[owner] + 1  # (N, width), (N, P), (N,)
+    hidden, mask, next_position = hidden[owner], mask[owner], positions[0, :, -1][owner] + 1  # (N, width), (N, P), (N,)
     prompts = [prompt for group in branches for prompt in group]
     if any(prompts):
         if not all(prompts):
@@ -773,27 +775,28 @@ def score_format(texts):
 def constant_guess(train, test):
     """What the best constant answer of the training examples scores on the test examples, by question type.
 
-    Choices are guessed by the words of the option, so that "left" is one guess whatever its letter; two questions with
-    other option words are told apart. Numbers: the training answer with the highest mean relative accuracy.
+    Directions are guessed by their word, among training questions with the same set of words; other choices by letter;
+    numbers by the training answer with the highest mean relative accuracy.
     Returns {question_type: score}: the baseline that every table shows.
     """
+
+    def choice(example):  # (what is asked, what is answered) as a constant guesser sees it
+        if example.question_type != "relative direction":
+            return (), example.answer
+        words = {option[0]: option[2:].strip() for option in example.options}
+        return tuple(sorted(words.values())), words[example.answer]
+
     guess = {}
     for kind in sorted({example.question_type for example in test}):
         known, asked = [e for e in train if e.question_type == kind], [e for e in test if e.question_type == kind]
         if kind in CHOICE_TYPES:
-            best = {}
-            for example in known:
-                counts = best.setdefault(tuple(sorted(o[2:] for o in example.options)) if kind == "relative direction" else (), {})
-                counts[example.answer] = counts.get(example.answer, 0) + 1
-            fall_back = {"A": 1}
-            picks = [best.get(tuple(sorted(o[2:] for o in e.options)) if kind == "relative direction" else (), fall_back) for e in asked]
-            guess[kind] = float(np.mean([max(counts, key=counts.get) == e.answer for counts, e in zip(picks, asked)]))
+            counts = Counter(choice(example) for example in known)
+            best = {key: max((c for c in counts if c[0] == key), key=counts.get) for key, _ in counts}
+            guess[kind] = float(np.mean([best.get(choice(e)[0]) == choice(e) for e in asked]))
         else:
-            values = np.array([float(e.answer) for e in known])
-            truths = np.array([float(e.answer) for e in asked])
-            candidates = np.unique(values)
-            means = [mean_relative_accuracy(np.full(len(values), c), values).mean() for c in candidates]
-            guess[kind] = float(mean_relative_accuracy(np.full(len(truths), candidates[int(np.argmax(means))]), truths).mean())
+            values, truths = (np.array([float(parse_number(e.answer)) for e in some]) for some in (known, asked))
+            best = max(np.unique(values), key=lambda v: mean_relative_accuracy(np.full(len(values), v), values).mean())
+            guess[kind] = float(mean_relative_accuracy(np.full(len(truths), best), truths).mean())
     return guess
 
 

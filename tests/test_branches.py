@@ -204,12 +204,15 @@ def test_entropy_carries_no_gradient(backbone, scenes):
 
 def test_logits_in_chunks_give_the_same_values_and_gradients(backbone, scenes):
     branches = make_branches(backbone, [1, 2, 1, 1])
-    results = []
-    for chunk in (3, 10_000):
+    results, calls = [], []
+    backbone.model.lm_head.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    for chunk in (10_000, 3):
+        calls.clear()
         prefixes = common.encode_scenes(backbone, scenes)
         logps, entropy, mask = common.branch_logprobs(backbone, prefixes, branches, chunk=chunk)
         results.append((logps.detach(), entropy, gradients(backbone, (logps * uneven(mask.shape)).sum())))
-    assert mask.sum() > 30 and mask.sum() % 3  # many chunks, the last of them not full
+    assert mask.sum() > 30 and max(calls) == 3 and min(calls) < 3  # many chunks, the last of them not full
+    assert sum(calls) == 2 * mask.sum()  # made again in the backward pass, not kept for it
     torch.testing.assert_close(results[0][0], results[1][0], atol=1e-6, rtol=0)
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-5, rtol=0)
     assert_gradients_equal(results[0][2], results[1][2], 1e-5)

@@ -331,6 +331,17 @@ def test_adapter_on_equals_adapter_off_at_step_0_and_the_kl_is_exactly_0(backbon
     assert stats["kl"] == 0.0 and loss.item() == 0.0
 
 
+def test_every_process_starts_from_the_same_adapter(tiny_model):
+    # The processes have drawn different numbers by then, at the latest when the cold start has run before.
+    adapters = []
+    for drawn in (1, 2):
+        backbone = common.load_backbone(tiny_model, "fp32")
+        torch.manual_seed(drawn)
+        common.adapt(backbone, settings_of())
+        adapters.append(trained_state(backbone))
+    assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())
+
+
 def test_the_reference_stays_the_starting_policy(backbone, tiny_model, ladder_data, monkeypatch, tmp_path):
     settings = settings_of()
     with_adapter(backbone, settings, moved=True)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -425,6 +426,28 @@ def test_a_run_stopped_between_the_two_renames_is_recovered(tmp_path):
     settings = make_settings(tmp_path)
     folder, backbone = small_checkpoint(settings)
     (folder / "checkpoint").rename(folder / "checkpoint.old")
+    assert common.start_run(settings) == (folder, 3)
+    torch.nn.init.zeros_(backbone.model.weight)
+    common.load_checkpoint(folder, backbone, [])
+    assert backbone.model.weight.item() == 3
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_stop_at_either_rename_of_a_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch, stop):
+    settings = make_settings(tmp_path)
+    folder, backbone = small_checkpoint(settings, 3)
+    rename, calls = Path.rename, []
+
+    def stopping(path, target):
+        calls.append(path.name)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        common.save_checkpoint(folder, 6, backbone, [torch.optim.AdamW(backbone.model.parameters())], settings)
+    monkeypatch.undo()
     assert common.start_run(settings) == (folder, 3)
     torch.nn.init.zeros_(backbone.model.weight)
     common.load_checkpoint(folder, backbone, [])

@@ -35,7 +35,7 @@ ONE = ("--processes", "1")
 TRAIN = (*ONE, "--scenes", "4", "--branches", "2", "--eval_scenes", "1", "--eval_every", "2")
 TINY = {  # flags of a small toy ladder
     "stage0_data": (*ONE, "--rooms", "12", "--heldout_rooms", "6", "--traces", "16", "--base_steps", "4"),
-    "stage1_localize": (*TRAIN, "--optimizer", "adamw", "--lr", "1e-3", "--warmup", "0", "--max_steps", "4"),
+    "stage1_localize": (*TRAIN, "--optimizer", "adamw", "--lr", "3e-4", "--warmup", "0", "--max_steps", "4"),
     "stage2_understand": (*TRAIN, "--max_steps", "4"),
     # Here max_steps bounds the cold start, which ends before it at the share of well-formed answers asked for.
     "stage3_grpo": (*TRAIN, "--prompts", "6", "--group", "4", "--max_new_tokens", "16", "--steps", "4", "--beta", "0.1",
@@ -214,7 +214,8 @@ def mistakes(ladder, tmp_path_factory):
         (script, *flags), _ = MISTAKES[name]
         folder = tmp_path_factory.mktemp("mistake")
         (folder / "data").symlink_to(ladder / "data")
-        for stage in {"stage3_grpo": ["stage2"], "stage1_localize": ["base", "stage1"]}.get(script, []):
+        needed = {"no siblings": ["stage2"], "no reference": ["stage2"], "no data": ["base"], "another setting": ["stage1"]}
+        for stage in needed.get(name, []):
             shutil.copytree(ladder / "runs" / "toy" / stage, folder / "runs" / "toy" / stage)
         return run(folder, script, *flags), folder
 
