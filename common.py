@@ -353,6 +353,7 @@ def adapt(backbone, settings):
     """
     model = backbone.model
     if settings.tune == "lora":
+        torch.manual_seed(settings.seed)  # every process must draw the same adapter
         model = backbone.model = get_peft_model(model, LoraConfig(
             r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
         ))  # fmt: skip
@@ -801,8 +802,11 @@ def constant_guess(train, test):
 
 
 def skill(by_type, guess):
-    """Mean over question types of (score - guess) / (1 - guess): 0 = the best constant answer, 1 = perfect."""
-    return float(np.mean([(by_type[kind] - guess[kind]) / (1 - guess[kind]) for kind in guess]))
+    """Mean over question types of (score - guess) / (1 - guess): 0 = the best constant answer, 1 = perfect.
+
+    A type that the constant answer solves asks for no skill and is left out.
+    """
+    return float(np.mean([(by_type[kind] - guess[kind]) / (1 - guess[kind]) for kind in guess if guess[kind] < 1] or [0.0]))
 
 
 # ------------------------------------------------------------------------------------------------

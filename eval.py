@@ -81,8 +81,8 @@ def ask(backbone, scenes, mode, temperature, settings, name):
 
 
 def mean(rows, key="score"):
-    """Mean of a field, nan of nothing."""
-    return float(np.mean([row[key] for row in rows])) if rows else float("nan")
+    """Mean of a field; None (null in scores.json) of nothing."""
+    return float(np.mean([row[key] for row in rows])) if rows else None
 
 
 def summarise(rows, name, guess):

@@ -160,16 +160,24 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, settings, sequences
         loss = -((objective * mask).sum(1) / mask.sum(1).clamp(min=1)).sum() / sequences
     elif settings.loss_type == "dapo":  # mean of all tokens: long completions are not diluted
         loss = -(objective * mask).sum() / tokens
-    elif settings.loss_type == "dr_grpo":  # a constant: neither short nor long is favoured
+    else:  # dr_grpo, a constant: neither short nor long is favoured
         loss = -(objective * mask).sum() / (sequences * settings.max_new_tokens)
-    else:
-        raise SystemExit(f"--loss_type {settings.loss_type}: choose grpo, dapo or dr_grpo.")
     return loss, stats
 
 
 # ------------------------------------------------------------------------------------------------
 # 4. The loop
 # ------------------------------------------------------------------------------------------------
+
+
+def check(settings):
+    """Raise SystemExit for settings with which GRPO cannot work."""
+    if settings.group < 2:
+        raise SystemExit(f"--group {settings.group} leaves no siblings to compare with: give at least 2.")
+    if settings.beta and settings.tune != "lora":
+        raise SystemExit("--tune full has no adapter to switch off, so there is no reference: give --beta 0 or --tune lora.")
+    if settings.loss_type not in ("grpo", "dapo", "dr_grpo"):
+        raise SystemExit(f"--loss_type {settings.loss_type}: choose grpo, dapo or dr_grpo.")
 
 
 def rollout(backbone, prompts, settings):
@@ -191,16 +199,12 @@ def grpo(backbone, prompts, settings, folder, first_step, evaluate):
     located = [p for p in prompts if p[1].question_type == "locate"]
     asked = [p for p in prompts if p[1].question_type != "locate"]
     n_located = round(settings.locate * settings.prompts) if located else 0
-    if settings.group < 2:
-        raise SystemExit("--group 1 has no siblings to compare with: give at least 2.")
+    check(settings)
     steps = settings.steps or len(asked) // (settings.prompts - n_located)
     last = min(steps, settings.max_steps or steps)
     optimizers = common.make_optimizers(backbone.model, settings)
     if first_step:
         common.load_checkpoint(folder, backbone, optimizers)
-    if settings.beta and settings.tune != "lora":
-        raise SystemExit("--tune full has no adapter to switch off, so there is no reference: give --beta 0 or --tune lora.")
-
     bar = tqdm(range(first_step, last), initial=first_step, total=last, desc=folder.name, disable=rank > 0)
     scores = {}
     for step in bar:
@@ -328,6 +332,7 @@ def cold_start(settings):
 def main():
     """The cold start, then GRPO from its model."""
     settings = common.parse_settings(GRPOSettings, PRESETS, "stage3", before="stage2")
+    check(settings)  # now, not after the cold start
     common.start_processes(settings)
     model = cold_start(settings)
     folder, first_step = common.start_run(settings)

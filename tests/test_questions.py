@@ -236,13 +236,16 @@ def test_files_obey_the_schema(split):
 
 
 def test_localisation_rows_name_their_boxes_and_stay_in_the_picture(split):
+    shown = {row["image"][0]: row["objects"] for row in common.read_jsonl(split[0] / "objects.jsonl")}
     for row in common.read_jsonl(split[0] / common.FILES["locate"]):
-        labels = [box["label"] for box in row["answer"]]
-        asked = re.sub(r"Locate |\.", "", row["question"]).replace(" and ", ", ")
-        assert asked == ", ".join(f"the {label}" for label in labels)
+        asked = re.fullmatch(r"Locate (.+)\.", row["question"])[1].replace(" and ", ", ")
+        if asked == "all objects":
+            assert sorted(map(str, row["answer"])) == sorted(map(str, shown[row["image"][0]]))
+        else:
+            assert asked == ", ".join(f"the {box['label']}" for box in row["answer"])
         for box in row["answer"]:
             x1, y1, x2, y2 = box["bbox_2d"]
-            assert all(isinstance(x, int) for x in box["bbox_2d"])
+            assert box in shown[row["image"][0]] and all(isinstance(x, int) for x in box["bbox_2d"])
             assert 0 <= x1 < x2 <= world.SIDE and 0 <= y1 < y2 <= world.SIDE
 
 

@@ -214,8 +214,9 @@ def mistakes(ladder, tmp_path_factory):
         (script, *flags), _ = MISTAKES[name]
         folder = tmp_path_factory.mktemp("mistake")
         (folder / "data").symlink_to(ladder / "data")
-        needed = {"no siblings": ["stage2"], "no reference": ["stage2"], "no data": ["base"], "another setting": ["stage1"]}
-        for stage in needed.get(name, []):
+        needed = {"no siblings": "stage2", "no reference": "stage2", "no data": "base", "another setting": "stage1"}
+        stage = needed.get(name)
+        if stage:
             shutil.copytree(ladder / "runs" / "toy" / stage, folder / "runs" / "toy" / stage)
         return run(folder, script, *flags), folder
 
