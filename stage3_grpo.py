@@ -67,8 +67,8 @@ class GRPOSettings(TrainSettings):
 PRESETS = {
     "toy": {
         "load": "fp32", "keep_features": True, "micro_scenes": 64, "lr": 3e-3, "lora_rank": 32, "lora_alpha": 32,
-        "steps": 150, "prompts": 16, "group": 8, "max_new_tokens": 128, "locate": 0.2, "beta": 0.01, "warmup": 0.05,
-        "cold_lr": 3e-4, "cold_muon_lr": 0.004, "cold_tune": "full", "cold_optimizer": "muon", "cold_steps": 200,
+        "steps": 120, "prompts": 12, "group": 8, "max_new_tokens": 128, "locate": 0.2, "beta": 0.01, "warmup": 0.05,
+        "cold_lr": 3e-4, "cold_muon_lr": 0.003, "cold_tune": "full", "cold_optimizer": "muon", "cold_steps": 200,
         "cold_mix": 2.0, "cold_format": 0.5, "cold_eval_every": 10, "eval_every": 25, "save_every": 50,
     },
     # The paper: G = 4 in its script, beta .01, 1,024 new tokens, temperature 1, one epoch.
@@ -83,29 +83,25 @@ PRESETS = {
 
 
 def cold_packs(settings, processor):
-    """Packs of thinking traces with cold_mix rows of stage 2 for each: what is not rehearsed is forgotten."""
+    """Packs of thinking traces, with cold_mix rows of the stages before for each: what is not rehearsed is forgotten."""
     traces = common.load_scenes(settings.data, ["coldstart"], processor)
-    # The instruction stands in the row, as in the released file; ours is set in its place where ours is known.
-    packs = common.make_packs(
-        traces, lambda scene: [(e.question + common.BRANCH_END, e.solution + common.STOP) for e in scene.examples],
-        settings.branches, settings.seed,
-    )  # fmt: skip
+    packs = common.make_packs(traces, lambda scene: [sft_pair(e) for e in scene.examples], settings.branches, settings.seed)
     wanted = round(settings.cold_mix * sum(len(pack.pairs) for pack in packs))
     if wanted:
-        others = common.make_packs(
-            common.load_scenes(settings.data, ["spatial", "locate"], processor),
-            lambda scene: [direct_pair(e) for e in scene.examples], settings.branches, settings.seed,
-        )  # fmt: skip
+        kinds = ["spatial", "locate"] + ["worked"] * (Path(settings.data) / common.FILES["worked"]).is_file()
+        others = common.load_scenes(settings.data, kinds, processor)
+        others = common.make_packs(others, lambda scene: [sft_pair(e) for e in scene.examples], settings.branches, settings.seed)
         for pack in common.batch_at(others, 0, len(others), settings.seed):
-            if wanted <= 0:
-                break
-            packs.append(pack)
-            wanted -= len(pack.pairs)
+            if wanted > 0:
+                packs.append(pack)
+                wanted -= len(pack.pairs)
     return packs
 
 
-def direct_pair(example):
-    """The (prompt, completion) of a stage 1 or stage 2 row."""
+def sft_pair(example):
+    """The (prompt, completion) of a row: a thinking trace or worked answer as it stands, boxes, or a direct answer."""
+    if example.question_type in ("coldstart", "worked"):  # their prompt is complete
+        return example.question + common.BRANCH_END, example.solution + common.STOP
     if example.question_type == "locate":
         return common.prompt_text(example, "locate") + common.BRANCH_END, common.boxes_text(example.answer) + common.STOP
     return common.prompt_text(example, "direct") + common.BRANCH_END, str(example.answer) + common.STOP
