@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -647,9 +647,11 @@ def branch_generate(backbone, prefixes, branches, max_new_tokens, temperature=0.
 # 6. Scoring
 # ------------------------------------------------------------------------------------------------
 
-FORMAT = re.compile(r"\s*<think>(?:(?!</?think>|</?answer>).)*</think>\s*<answer>(?:(?!</?think>|</?answer>).)*</answer>\s*", re.DOTALL)
+INSIDE = r"(?:(?!</?think>|</?answer>).)*"
+FORMAT = re.compile(rf"\s*<think>{INSIDE}</think>\s*<answer>{INSIDE}</answer>\s*", re.DOTALL)
 ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
-NUMBER = re.compile(r"(?:about |approximately |around )?([-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+)\s*([a-z\u00b2 ]*[.23]?)\.?")
+DIGITS = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+"
+NUMBER = re.compile(rf"(?:about |approximately |around )?({DIGITS})\s*([a-z\u00b2 ]*[.23]?)\.?")
 UNITS = {"", "m", "m2", "m\u00b2", "sqm", "sq m", "meter", "meters", "metre", "metres", "cm", "centimeter", "centimeters",
          "centimetre", "centimetres", "square meters", "square metres", "square meter", "square metre"}  # fmt: skip
 WORDS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve".split(), range(13)))
@@ -1050,6 +1052,13 @@ def log(folder, row, name="metrics.jsonl"):
     if world()[0] == 0:
         with (Path(folder) / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def log_samples(folder, step, examples, texts, count=4):
+    """Append the first `count` questions, answers and completions to samples.jsonl."""
+    for example, text in zip(examples[:count], texts):
+        row = {"step": step, "question": example.question, "options": example.options, "answer": example.answer}
+        log(folder, row | {"text": text}, "samples.jsonl")
 
 
 def draw_curves(folder, panels):

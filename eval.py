@@ -116,7 +116,8 @@ def table(scores):
     """The ladder as text: one row a model and mode, the best constant guess in its own row."""
     kinds = list(scores["guess"])
     head = ["", "answers", "IoU", "acc@0.5", *kinds, "skill", "format", "greedy", "sampled"]
-    body = [["best constant guess", "", "", "", *(f"{scores['guess'][k]:.3f}" for k in kinds), "0.000", "", f"{scores['guess_accuracy']:.3f}", ""]]
+    guesses = [f"{scores['guess'][k]:.3f}" for k in kinds]
+    body = [["best constant guess", "", "", "", *guesses, "0.000", "", f"{scores['guess_accuracy']:.3f}", ""]]
     for name, model in scores["models"].items():
         for mode in ("direct", "think"):
             part, first = model[mode], mode == "direct"
@@ -126,7 +127,10 @@ def table(scores):
                 f"{part['greedy_accuracy']:.3f}", f"{part['sampled_accuracy']:.3f}",
             ])  # fmt: skip
     widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
-    lines = ["  ".join(cell.rjust(w) if i > 1 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in [head, *body]]
+    lines = []
+    for row in [head, *body]:
+        words, numbers = zip(row[:2], widths), zip(row[2:], widths[2:])
+        lines.append("  ".join([*(cell.ljust(width) for cell, width in words), *(cell.rjust(width) for cell, width in numbers)]))
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
@@ -142,9 +146,12 @@ def draw_ladder(scores, path):
     columns = ["boxes (IoU)", *kinds, "skill"]
     for number, (name, model) in enumerate(models.items()):
         heights = [model["localize"]["iou"], *(model["by_type"][k] for k in kinds), model["skill"]]
-        axis.bar(np.arange(len(columns)) + (number - len(models) / 2 + 0.5) * 0.8 / len(models), heights, 0.8 / len(models), label=f"{name} ({model['mode']})")
+        width = 0.8 / len(models)
+        places = np.arange(len(columns)) + (number - len(models) / 2 + 0.5) * width
+        axis.bar(places, heights, width, label=f"{name} ({model['mode']})")
     for x, kind in enumerate(kinds, 1):
-        axis.hlines(scores["guess"][kind], x - 0.42, x + 0.42, color="black", linestyle=":", label="best constant guess" if x == 1 else None)
+        label = "best constant guess" if x == 1 else None
+        axis.hlines(scores["guess"][kind], x - 0.42, x + 0.42, color="black", linestyle=":", label=label)
     axis.set_xticks(range(len(columns)), columns)
     axis.set_ylim(min(0, axis.get_ylim()[0]), 1)
     axis.set_title(f"The ladder, {scores['questions']} held-out questions")

@@ -241,7 +241,8 @@ def solid_points(solid):
         else:
             height = np.linspace(-0.5, 0.5, 13)
             radius = (0.5 - height) / 2
-        points = np.stack([np.outer(radius, np.cos(turn)).ravel(), np.outer(radius, np.sin(turn)).ravel(), np.repeat(height, 32)], 1)
+        x, y = np.outer(radius, np.cos(turn)).ravel(), np.outer(radius, np.sin(turn)).ravel()
+        points = np.stack([x, y, np.repeat(height, 32)], 1)
     return (points + [0, 0, 0.5]) * size + [solid["x"], solid["y"], 0]
 
 
@@ -262,7 +263,8 @@ def write_room(room, folder, rng):
     parts = [floor] + [solid_points(solid) for solid in room["solids"]]
     names = ["floor"] + [f"{solid['colour']} {solid['shape']}" for solid in room["solids"]]
     points = np.concatenate(parts) @ back[:3, :3].T + back[:3, 3]
-    vertices = np.zeros(len(points), [("x", "f4"), ("y", "f4"), ("z", "f4"), ("red", "u1"), ("green", "u1"), ("blue", "u1"), ("alpha", "u1")])
+    fields = [(name, "f4") for name in ("x", "y", "z")] + [(name, "u1") for name in ("red", "green", "blue", "alpha")]
+    vertices = np.zeros(len(points), fields)
     vertices["x"], vertices["y"], vertices["z"] = points.T
     PlyData([PlyElement.describe(vertices, "vertex")]).write(folder / f"{scene}_vh_clean_2.ply")
     segments = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
@@ -569,7 +571,8 @@ def labelled_boxes(view, objects):
 def build_room(job):
     """Make, write and read back one room, and ask about its pictures.
 
-    job: (scene id, seed, root, detection: whether to ask for all objects, too). Returns {"locate" | "spatial" | "objects": rows}; spatial rows carry their thought.
+    job: (scene id, seed, root, detection: whether to ask for all objects, too).
+    Returns {"locate" | "spatial" | "objects": rows}; spatial rows carry their thought.
     """
     scene, seed, root, detection = job
     torch.set_num_threads(1)
@@ -685,8 +688,10 @@ def build_tokenizer(texts):
         pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     ])  # fmt: skip
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted({c for word, _ in pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(" ".join(texts)) for c in word})
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False))
+    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(" ".join(texts))
+    alphabet = sorted({letter for piece, _ in pieces for letter in piece})
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in JSON_PIECES + TAGS])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
@@ -748,8 +753,9 @@ def train_base(settings, root, folder):
     names = [*COLOURS, *SHAPES]
     name_ids = torch.tensor([tokenizer(f" {word}")["input_ids"][0] for word in names])
     words = model.get_input_embeddings().weight
-    matrices = [p for n, p in model.model.visual.named_parameters() if p.ndim == 2]
-    others = [p for n, p in model.model.visual.named_parameters() if p.ndim != 2] + [*to_box.parameters(), *to_digits.parameters(), words]
+    matrices = [p for p in model.model.visual.parameters() if p.ndim == 2]
+    others = [p for p in model.model.visual.parameters() if p.ndim != 2]
+    others += [*to_box.parameters(), *to_digits.parameters(), words]
     parameters = matrices + others
     optimizers = [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0), torch.optim.AdamW(others, lr=3e-3, weight_decay=0.0)]
 
@@ -828,12 +834,14 @@ def main():
         done = json.loads(manifest.read_text()) if manifest.is_file() else {}
         if settings.resume == "never" or done.get("config") != config:
             shutil.rmtree(root, ignore_errors=True)
+            workers, heldout = settings.processes, root / "heldout"
             counts = {
-                "train": build_split(root, settings.rooms, 0, settings.seed, settings.traces, settings.processes, True),
-                "heldout": build_split(root / "heldout", settings.heldout_rooms, settings.rooms, settings.seed, 0, settings.processes, False),
+                "train": build_split(root, settings.rooms, 0, settings.seed, settings.traces, workers, True),
+                "heldout": build_split(heldout, settings.heldout_rooms, settings.rooms, settings.seed, 0, workers, False),
             }
             draw_gallery(root, root / "gallery.png", settings.seed)
-            manifest.write_text(json.dumps({"config": config, "rules": RULES, "dropped_nyu40": sorted(DROPPED_NYU40), "counts": counts}, indent=2))
+            facts = {"config": config, "rules": RULES, "dropped_nyu40": sorted(DROPPED_NYU40), "counts": counts}
+            manifest.write_text(json.dumps(facts, indent=2))
             print(f"wrote {root}: " + ", ".join(f"{n} {kind}" for kind, n in counts["train"]["by_type"].items()))
     common.start_processes(settings)
     if settings.resume == "never" or not (folder / "model" / "config.json").is_file():

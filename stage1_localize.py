@@ -14,7 +14,6 @@ Writes runs/<preset>/stage1: metrics.jsonl, samples.jsonl, curves.png, checkpoin
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -93,8 +92,7 @@ def main():
 
     def evaluate(backbone, step):
         scores, examples, texts = localization_scores(backbone, heldout, settings.keep_features)
-        for example, text in zip(examples[:4], texts):
-            common.log(folder, {"step": step, "question": example.question, "answer": example.answer, "text": text}, "samples.jsonl")
+        common.log_samples(folder, step, examples, texts)
         return scores
 
     panels = {"loss": ["loss"], "held-out boxes": ["iou", "acc50"], "gradient norm": ["grad_norm"]}

@@ -102,8 +102,7 @@ def main():
         for mode in ["direct"] + ["work"] * (settings.worked > 0):
             examples, texts = common.generate_answers(backbone, heldout, mode, 160, keep=settings.keep_features)
             scores[mode] = float(common.score_answers(texts, examples)[0].mean())
-            for example, text in zip(examples[:4], texts):
-                common.log(folder, {"step": step, "question": example.question, "answer": example.answer, "text": text}, "samples.jsonl")
+            common.log_samples(folder, step, examples, texts)
         if boxes:
             examples, texts = common.generate_answers(backbone, boxes, "locate", 128, keep=settings.keep_features)
             scores["iou"] = float(common.score_answers(texts, examples)[0].mean())

@@ -266,7 +266,7 @@ def grpo(backbone, prompts, settings, folder, first_step, evaluate):
             "rollout_seconds": rollout_seconds, "update_seconds": time.time() - began - rollout_seconds,
         }  # fmt: skip
         if row["cut"] > 0.5:
-            common.say(f"step {step + 1}: {row['cut']:.0%} of the completions were cut at --max_new_tokens {settings.max_new_tokens}")
+            common.say(f"step {step + 1}: {row['cut']:.0%} of the completions were cut: raise --max_new_tokens")
         if (step + 1) % settings.eval_every == 0 or step + 1 == last:
             row |= (scores := evaluate(backbone))
         common.log(folder, row)
@@ -315,8 +315,7 @@ def cold_start(settings):
         )
         accuracy, legal = common.score_answers(texts, examples)
         formed = (common.score_format(texts) > 0) & legal
-        for text, example in zip(texts[:4], examples):
-            common.log(folder, {"step": step, "question": example.question, "answer": example.answer, "text": text}, "samples.jsonl")
+        common.log_samples(folder, step, examples, texts)
         return {"format": float(formed.mean()), "accuracy_given_format": float(accuracy[formed].mean()) if formed.any() else 0.0}
 
     panels = {"loss": ["loss"], "sampled, training scenes": ["format", "accuracy_given_format"]}
