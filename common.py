@@ -14,6 +14,7 @@ No stage imports another stage; this file imports none of them.
 import argparse
 import contextlib
 import json
+import logging
 import math
 import os
 import random
@@ -29,10 +30,13 @@ from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # before its import: it warns of kernels that nobody needs
+
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -49,6 +53,8 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+transformers.utils.logging.disable_progress_bar()  # of loading and saving; ours are enough
 
 # ------------------------------------------------------------------------------------------------
 # 1. Examples
@@ -213,6 +219,9 @@ def picture_text(grids, merge, video):
 # ------------------------------------------------------------------------------------------------
 # 3. Pictures
 # ------------------------------------------------------------------------------------------------
+
+
+VIDEO_FRAMES = 16  # of an mp4, as many as the frames of a video row in the released data
 
 
 def load_image(path):
@@ -415,7 +424,10 @@ def encode_scenes(backbone, scenes, keep=False):
     model, merge = core(backbone.model).model, backbone.processor.merge_size
     fresh, patches = [scene for scene in scenes if scene.encoded is None], []
     for scene in fresh:
-        pictures = [load_image(path) for path in scene.images]
+        if scene.images[0].endswith(".mp4"):
+            pictures = read_video(scene.images[0], VIDEO_FRAMES)
+        else:
+            pictures = [load_image(path) for path in scene.images]
         patches.append(picture_patches(backbone.processor, pictures, scene.data_type == "video"))
     prefixes = {}
     if fresh:

@@ -299,7 +299,7 @@ def cold_start(settings):
         eval_every=settings.cold_eval_every,
     )  # fmt: skip
     if cold.resume == "auto" and (Path(cold.out) / "model" / "config.json").is_file():
-        common.say(f"found the cold start in {cold.out}")
+        common.say(f"found the cold start in {cold.out}; --resume never makes it anew")
         return f"{cold.out}/model"
     folder, first_step = common.start_run(cold)
     backbone = common.load_backbone(cold.model, cold.load, cold.min_pixels, cold.max_pixels, common.device_name())
