@@ -309,7 +309,8 @@ def load_backbone(path, load="bf16", min_pixels=None, max_pixels=None, device="c
     stop (ids that end a completion), suppress (ids never sampled), path.
     Raises SystemExit if the folder has no model or no tokenizer.
     """
-    if (Path(path).exists() or str(path).startswith((".", "/", "runs"))) and not (Path(path) / "config.json").is_file():
+    is_hub_id = str(path).count("/") == 1 and not Path(path).exists()
+    if not is_hub_id and not (Path(path) / "config.json").is_file():
         raise SystemExit(f"{path} holds no model (config.json is missing). Run the stage before this one, or give --model.")
     kwargs = {"dtype": torch.float32 if load == "fp32" else torch.bfloat16}
     if load == "4bit":

@@ -39,7 +39,7 @@ class EvalSettings(Settings):
 
 
 PRESETS = {"toy": {}}
-LADDER = {"base": "base", "stage1": "stage1", "stage2": "stage2", "coldstart": "coldstart", "stage3": "stage3"}
+LADDER = ("base", "stage1", "stage2", "coldstart", "stage3")
 THINKERS = ("coldstart", "stage3")  # models whose own way to answer is to think; the others answer directly
 
 # ------------------------------------------------------------------------------------------------
@@ -202,9 +202,9 @@ def main():
     settings = common.parse_settings(EvalSettings, PRESETS, "eval")
     common.start_processes(settings)
     folder = Path(settings.out)
-    ladder = {"model": Path(settings.model)} if settings.model else {
-        name: folder.parent / stage / "model" for name, stage in LADDER.items()
-    }  # fmt: skip
+    ladder = {name: folder.parent / name / "model" for name in LADDER}
+    if settings.model:
+        ladder = {"model": Path(settings.model)}
     for path in ladder.values():
         if not (path / "config.json").is_file():
             raise SystemExit(f"{path} holds no model. Run the stage that writes it, or give --model.")

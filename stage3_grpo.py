@@ -172,6 +172,8 @@ def check(settings):
         raise SystemExit(f"--group {settings.group} leaves no siblings to compare with: give at least 2.")
     if settings.beta and settings.tune != "lora":
         raise SystemExit("--tune full has no adapter to switch off, so there is no reference: give --beta 0 or --tune lora.")
+    if settings.train_vision:
+        raise SystemExit("--train_vision: stage 3 keeps the vision tower frozen; its rollouts share the pictures' features.")
     if settings.loss_type not in ("grpo", "dapo", "dr_grpo"):
         raise SystemExit(f"--loss_type {settings.loss_type}: choose grpo, dapo or dr_grpo.")
 
