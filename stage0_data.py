@@ -63,7 +63,7 @@ RULES = {
     "guard_deg": 10.0,  # [ours] directions this near to the border between two answers are not asked
     "min_distance_m": 0.2,  # [V] shortest absolute distance asked
     "min_nearest_m": 0.15,  # [V] shortest distance of the nearest candidate
-    "gap_m": 0.15,  # [V] smallest difference between two compared distances
+    "gap_m": 0.3,  # [V] smallest difference between two compared distances: 0.15, in large rooms 0.3; toy pixels are large
     "min_count": 2,  # [V] smallest number of instances in a counting question
 }
 DROPPED_NYU40 = {0, 1, 2, 22, 38, 39, 40}  # wall, floor, ceiling, otherstructure, otherfurniture, otherprop, none
@@ -110,20 +110,21 @@ def project(points, pose, intrinsics):
 def make_room(rng):
     """A room as a dict: solids (shape, colour, size, x, y, yaw) and the cameras of its eight photographs.
 
-    Colours are unique, except that in one room in three a solid is repeated, to be counted. From every side the solids
+    Colours are unique, except that in two rooms in five a solid is repeated, to be counted. From every side the solids
     lie wholly in the picture and their middles in different 28-pixel cells.
     """
+    colours = rng.sample(sorted(COLOURS), 3)
+    names = [(rng.choice(SHAPES), colour) for colour in colours]
+    if rng.random() < 0.4:
+        names = [names[0]] * rng.choice([2, 3, 4]) + names[1 : rng.choice([1, 2])]
+    else:
+        names = names[: rng.choice([1, 2, 3, 3])]  # one: nothing to confuse it with; seeing is learnt there first
+    largest = 1.65 if len(names) < 4 else 0.9  # four or five large ones would never fit
     while True:
         cameras = [toy_camera((side + rng.uniform(-0.4, 0.4)) * math.pi / 4) for side in range(8)]
-        colours = rng.sample(sorted(COLOURS), 3)
-        names = [(rng.choice(SHAPES), colour) for colour in colours]
-        if rng.random() < 1 / 3:
-            names = [names[0]] * rng.choice([2, 3, 4]) + names[1 : rng.choice([1, 2])]
-        else:
-            names = names[: rng.choice([1, 2, 3, 3])]  # one: nothing to confuse it with; seeing is learnt there first
         for _ in range(40):
             solids = [
-                {"shape": shape, "colour": colour, "size": 0.45 * (1.65 / 0.45) ** rng.random(),
+                {"shape": shape, "colour": colour, "size": 0.45 * (largest / 0.45) ** rng.random(),
                  "x": rng.uniform(-2.2, 2.2), "y": rng.uniform(-2.2, 2.2), "yaw": rng.uniform(0, math.pi / 2)}
                 for shape, colour in names
             ]  # fmt: skip
@@ -549,7 +550,8 @@ GENERATORS = {
     "object size": object_size,
     "object count": object_count,
 }
-PER_PICTURE = {"relative direction": 2, "object count": 2}  # at most so many of a type for one picture; else 1
+PER_PICTURE = 2  # questions of a type about one picture, at most ...
+EASY = ("relative direction", "object size")  # ... and one of these, which are learnt soonest
 
 # ------------------------------------------------------------------------------------------------
 # 6. Rows, manifest, gallery
@@ -607,7 +609,7 @@ def build_room(job):
                 })  # fmt: skip
         for kind, generator in GENERATORS.items():
             rows = list(generator(view))
-            for row in rng.sample(rows, min(len(rows), PER_PICTURE.get(kind, 1))):
+            for row in rng.sample(rows, min(len(rows), 1 if kind in EASY else PER_PICTURE)):
                 boxes = common.boxes_text(labelled_boxes(view, row.pop("objects")))
                 row |= {"options": row.get("options"), "image": [name], "question_type": kind, "data_type": "single_image"}
                 out["spatial"].append(row | {"thought": f"{boxes} {row['thought']}"})
