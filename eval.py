@@ -153,7 +153,7 @@ def draw_ladder(scores, path):
         label = "best constant guess" if x == 1 else None
         axis.hlines(scores["guess"][kind], x - 0.42, x + 0.42, color="black", linestyle=":", label=label)
     axis.set_xticks(range(len(columns)), columns)
-    axis.set_ylim(min(0, axis.get_ylim()[0]), 1)
+    axis.set_ylim(-0.25, 1)  # a model that cannot answer at all has a skill far below the guess: cut
     axis.set_title(f"The ladder, {scores['questions']} held-out questions")
     axis.legend(fontsize=8, ncols=3)
     axis.grid(axis="y", alpha=0.3)
