@@ -601,7 +601,7 @@ def build_room(job):
         asked = view.unique()[: rng.choice([1, 2, 2, 3, 3])]
         shown.sort(key=lambda o: view.boxes[o.number])
         # "All objects" must be recognised, not only found by name: that is where names and pictures meet. Without these
-        # rows the model draws good boxes around the wrong objects: held-out IoU .23 after 700 steps, with them .57.
+        # rows the model draws good boxes around the wrong objects: held-out IoU .23 after 700 steps, and .57 with them.
         for question, objects in ((named_question(asked), asked), ("Locate all objects.", shown if detection else [])):
             if objects:
                 out["locate"].append({
