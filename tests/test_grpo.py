@@ -161,8 +161,7 @@ def test_tokens_outside_the_mask_change_nothing(loss_type):
 
 def test_an_unknown_loss_type_is_named():
     with pytest.raises(SystemExit, match="--loss_type ppo: choose grpo, dapo or dr_grpo"):
-        case = tensors(random_case(0))
-        stage3_grpo.grpo_loss(*case, settings_of(loss_type="ppo"), 6, 6)
+        stage3_grpo.check(settings_of(loss_type="ppo"))
 
 
 # Advantages

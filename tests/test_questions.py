@@ -197,8 +197,8 @@ def test_objects_asked_about_are_visible(views):
 def split(tmp_path_factory):
     """A folder with training rooms and, in heldout/, rooms that come after them."""
     root = tmp_path_factory.mktemp("split")
-    counts = world.build_split(root, 10, 0, 3, 40, 2)
-    world.build_split(root / "heldout", 4, 10, 3, 0, 2)
+    counts = world.build_split(root, 10, 0, 3, 40, 2, True)
+    world.build_split(root / "heldout", 4, 10, 3, 0, 2, False)
     return root, counts
 
 
@@ -306,13 +306,13 @@ def test_the_offsets_of_a_thought_are_those_of_its_objects(views):
 
 
 def test_the_same_seed_gives_the_same_bytes_whatever_the_workers(split, tmp_path):
-    world.build_split(tmp_path / "one", 10, 0, 3, 40, 1)
+    world.build_split(tmp_path / "one", 10, 0, 3, 40, 1, True)
     assert texts_of(tmp_path / "one") == texts_of(split[0])
     assert len(texts_of(split[0])) == 5
 
 
 def test_another_seed_gives_other_rooms(split, tmp_path):
-    world.build_split(tmp_path / "other", 10, 0, 4, 40, 2)
+    world.build_split(tmp_path / "other", 10, 0, 4, 40, 2, True)
     other, same = texts_of(tmp_path / "other"), texts_of(split[0])
     assert set(other) == set(same) and all(other[name] != same[name] for name in same)
 
