@@ -309,7 +309,7 @@ def load_backbone(path, load="bf16", min_pixels=None, max_pixels=None, device="c
     stop (ids that end a completion), suppress (ids never sampled), path.
     Raises SystemExit if the folder has no model or no tokenizer.
     """
-    is_hub_id = str(path).count("/") == 1 and not Path(path).exists()
+    is_hub_id = re.fullmatch(r"(?!runs/)\w[\w.-]*/[\w.-]+", str(path)) and not Path(path).exists()
     if not is_hub_id and not (Path(path) / "config.json").is_file():
         raise SystemExit(f"{path} holds no model (config.json is missing). Run the stage before this one, or give --model.")
     kwargs = {"dtype": torch.float32 if load == "fp32" else torch.bfloat16}
@@ -725,7 +725,7 @@ def mean_relative_accuracy(predictions, truths):
     predictions, truths: (N,) -> (N,) in [0, 1]. nan predictions score 0; a truth of 0 is right only when met exactly.
     """
     p, g = np.asarray(predictions, np.float64), np.asarray(truths, np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         error = np.where(p == g, 0.0, np.abs(p - g) / np.abs(g))  # (N,)
         return (error[:, None] <= 1 - THRESHOLDS).mean(1)  # (N, T) -> (N,)
 

@@ -32,8 +32,8 @@ from common import Settings, setting
 class EvalSettings(Settings):
     """Evaluation. --model names one model to score in place of the ladder."""
 
-    questions: int = setting(640, "held-out spatial questions, drawn by seed (0: all)")
-    boxes: int = setting(200, "held-out localisation questions")
+    questions: int = setting(600, "held-out spatial questions, drawn by seed (0: all)")
+    boxes: int = setting(160, "held-out localisation questions")
     max_new_tokens: int = setting(112, "longest completion")
     batch: int = setting(256, "questions answered at once")
 

@@ -44,10 +44,10 @@ from common import Settings, setting
 class DataSettings(Settings):
     """Stage 0. --model and --max-steps are not used here, but for a shorter base training."""
 
-    rooms: int = setting(1600, "training rooms; each is photographed from eight sides")
-    heldout_rooms: int = setting(80, "held-out rooms, never trained on")
+    rooms: int = setting(1500, "training rooms; each is photographed from eight sides")
+    heldout_rooms: int = setting(160, "held-out rooms, never trained on")
     traces: int = setting(600, "thinking traces for the cold start (the paper: 1,255 for 20,681 questions)")
-    base_steps: int = setting(700, "steps of the base's vision training")
+    base_steps: int = setting(600, "steps of the base's vision training")
     base_batch: int = setting(32, "pictures in such a step")
 
 
@@ -116,10 +116,11 @@ def make_room(rng):
     colours = rng.sample(sorted(COLOURS), 3)
     names = [(rng.choice(SHAPES), colour) for colour in colours]
     if rng.random() < 0.4:
-        names = [names[0]] * rng.choice([2, 3, 4]) + names[1 : rng.choice([1, 2])]
+        count = rng.choice([2, 3, 4])
+        names = [names[0]] * count + (names[1 : rng.choice([1, 2])] if count < 4 else [])
     else:
         names = names[: rng.choice([1, 2, 3, 3])]  # one: nothing to confuse it with; seeing is learnt there first
-    largest = 1.65 if len(names) < 4 else 0.9  # four or five large ones would never fit
+    largest = 1.65 if len(names) < 4 else 0.9  # four large ones would hardly ever fit
     while True:
         cameras = [toy_camera((side + rng.uniform(-0.4, 0.4)) * math.pi / 4) for side in range(8)]
         for _ in range(40):
