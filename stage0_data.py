@@ -4,7 +4,7 @@ The paper (arXiv 2510.08531, section 3) describes this pipeline; its authors did
 in for ScanNet: rooms with coloured solids, rendered by a pinhole camera, WRITTEN in ScanNet's own layout and READ BACK by
 the same read_scannet that reads the real thing. One reader, one projection, one set of question generators.
 
-    python stage0_data.py            # data/toy and runs/toy/base, about two minutes on two cores
+    python stage0_data.py            # data/toy and runs/toy/base, two and a half minutes on two cores
 
 You get data/toy/{spld_grounding_data,spld_spatial_data,spld_coldstart_data}.jsonl with images/, the same under
 data/toy/heldout from other rooms, manifest.json (seed, counts, every threshold), gallery.png, and runs/toy/base/model: a

@@ -7,7 +7,7 @@ answer only. What we do differently from the reference:
 3. LoRA by default (the paper tunes all weights), so that the 3B model fits a 24 GB card;
 4. several questions about one picture share its tokens (common.py, section 5).
 
-    python stage1_localize.py                 # toy: about three minutes on two cores, held-out IoU about 0.7
+    python stage1_localize.py                 # toy: about four and a half minutes on two cores, held-out IoU about 0.7
     python stage1_localize.py --preset 3b --data data/SpatialLadder-26k
 
 Writes runs/<preset>/stage1: metrics.jsonl, samples.jsonl, curves.png, checkpoint/, model/ (and adapter/).

@@ -10,7 +10,7 @@ loss is on the answer only. What we do differently from the reference:
    leaves them out, and they are asked for in other words ("Locate the objects, then answer."), so that direct answers
    stay what they are.
 
-    python stage2_understand.py               # toy: about three minutes on two cores
+    python stage2_understand.py               # toy: about three and a half minutes on two cores
     python stage2_understand.py --preset 3b --data data/SpatialLadder-26k
 
 Writes runs/<preset>/stage2: metrics.jsonl, samples.jsonl, curves.png, checkpoint/, model/ (and adapter/).
