@@ -907,8 +907,8 @@ def device_name():
 def start_processes(settings):
     """Join the processes that share this run's work, and start them where torchrun has not.
 
-    Each takes its share of the scenes; gradients are summed over all. On a CPU two processes of one thread are about
-    1.6 times as fast as one of two threads: small matrices do not fill two cores.
+    Each takes its share of the scenes; gradients are summed over all. On a CPU two processes of one thread are faster
+    than one of two threads: small matrices do not fill two cores.
     """
     torch.manual_seed(settings.seed)
     if "RANK" not in os.environ and settings.processes > 1 and not torch.cuda.is_available():
