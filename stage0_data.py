@@ -656,7 +656,8 @@ def draw_gallery(root, path, seed, columns=4, scale=3):
     """A picture to look at: twelve training pictures with all their boxes, and a question and answer under each."""
     rows = common.read_jsonl(root / common.FILES["spatial"])
     objects = {row["image"][0]: row["objects"] for row in common.read_jsonl(root / "objects.jsonl")}
-    picked = [row for kind in GENERATORS for row in random.Random(seed).sample([r for r in rows if r["question_type"] == kind], 2)]
+    random.Random(seed).shuffle(rows)
+    picked = [row for kind in GENERATORS for row in [r for r in rows if r["question_type"] == kind][:2]]
     tile, text = SIDE * scale, 112
     sheet = Image.new("RGB", (columns * (tile + 8), math.ceil(len(picked) / columns) * (tile + text)), "white")
     draw = ImageDraw.Draw(sheet)
