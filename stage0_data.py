@@ -42,7 +42,7 @@ from common import Settings, setting
 
 @dataclass
 class DataSettings(Settings):
-    """Stage 0. --model and --max-steps are not used here, but for a shorter base training."""
+    """Stage 0. --model is not used here; --max-steps shortens the training of the base."""
 
     rooms: int = setting(1500, "training rooms; each is photographed from eight sides")
     heldout_rooms: int = setting(160, "held-out rooms, never trained on")
