@@ -44,18 +44,7 @@ PRESETS = {
 }  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------
-# 2. Data
-# ------------------------------------------------------------------------------------------------
-
-
-def locate_pairs(scene):
-    """The (prompt, completion) pairs of a scene's localisation rows."""
-    rows = [example for example in scene.examples if example.question_type == "locate"]
-    return [(common.prompt_text(e, "locate") + common.BRANCH_END, common.boxes_text(e.answer) + common.STOP) for e in rows]
-
-
-# ------------------------------------------------------------------------------------------------
-# 3. The idea: see before you reason
+# 2. The idea: see before you reason
 # ------------------------------------------------------------------------------------------------
 
 
@@ -73,7 +62,7 @@ def localization_scores(backbone, scenes, keep=False):
 
 
 # ------------------------------------------------------------------------------------------------
-# 4. The loop is common.sft; 5. Main
+# 3. The loop is common.sft; 4. Main
 # ------------------------------------------------------------------------------------------------
 
 
@@ -87,7 +76,7 @@ def main():
     )
     scenes = common.load_scenes(settings.data, ["locate"], backbone.processor)
     heldout = common.heldout_scenes(settings, ["locate"], backbone.processor)
-    packs = common.make_packs(scenes, locate_pairs, settings.branches, settings.seed)
+    packs = common.make_packs(scenes, settings.branches, settings.seed)
     common.adapt(backbone, settings)
 
     def evaluate(backbone, step):

@@ -48,21 +48,7 @@ PRESETS = {
 }  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------
-# 2. Data
-# ------------------------------------------------------------------------------------------------
-
-
-def pair(example):
-    """The (prompt, completion) of an example: boxes, a worked solution, or the bare letter or number."""
-    if example.question_type == "locate":
-        return common.prompt_text(example, "locate") + common.BRANCH_END, common.boxes_text(example.answer) + common.STOP
-    if example.question_type == "worked":  # its prompt is complete
-        return example.question + common.BRANCH_END, example.solution + common.STOP
-    return common.prompt_text(example, "direct") + common.BRANCH_END, str(example.answer) + common.STOP
-
-
-# ------------------------------------------------------------------------------------------------
-# 3. The idea: many kinds of questions, one scene
+# 2. The idea: many kinds of questions, one scene
 # ------------------------------------------------------------------------------------------------
 
 
@@ -70,15 +56,13 @@ def mix(scenes, settings):
     """Packs of the asked-for shares of direct, worked and replayed rows; the questions of a scene stay together."""
     share = {"locate": settings.replay, "worked": settings.worked}
     rng = random.Random(settings.seed)
-
-    def pairs(scene):
-        return [pair(e) for e in scene.examples if rng.random() < share.get(e.question_type, settings.direct)]
-
-    return common.make_packs(scenes, pairs, settings.branches, settings.seed)
+    for scene in scenes:
+        scene.examples = [e for e in scene.examples if rng.random() < share.get(e.question_type, settings.direct)]
+    return common.make_packs(scenes, settings.branches, settings.seed)
 
 
 # ------------------------------------------------------------------------------------------------
-# 4. The loop is common.sft; 5. Main
+# 3. The loop is common.sft; 4. Main
 # ------------------------------------------------------------------------------------------------
 
 

@@ -85,26 +85,16 @@ PRESETS = {
 def cold_packs(settings, processor):
     """Packs of thinking traces, with cold_mix rows of the stages before for each: what is not rehearsed is forgotten."""
     traces = common.load_scenes(settings.data, ["coldstart"], processor)
-    packs = common.make_packs(traces, lambda scene: [sft_pair(e) for e in scene.examples], settings.branches, settings.seed)
+    packs = common.make_packs(traces, settings.branches, settings.seed)
     wanted = round(settings.cold_mix * sum(len(pack.pairs) for pack in packs))
     if wanted:
         kinds = ["spatial", "locate"] + ["worked"] * (Path(settings.data) / common.FILES["worked"]).is_file()
-        others = common.load_scenes(settings.data, kinds, processor)
-        others = common.make_packs(others, lambda scene: [sft_pair(e) for e in scene.examples], settings.branches, settings.seed)
+        others = common.make_packs(common.load_scenes(settings.data, kinds, processor), settings.branches, settings.seed)
         for pack in common.batch_at(others, 0, len(others), settings.seed):
             if wanted > 0:
                 packs.append(pack)
                 wanted -= len(pack.pairs)
     return packs
-
-
-def sft_pair(example):
-    """The (prompt, completion) of a row: a thinking trace or worked answer as it stands, boxes, or a direct answer."""
-    if example.question_type in ("coldstart", "worked"):  # their prompt is complete
-        return example.question + common.BRANCH_END, example.solution + common.STOP
-    if example.question_type == "locate":
-        return common.prompt_text(example, "locate") + common.BRANCH_END, common.boxes_text(example.answer) + common.STOP
-    return common.prompt_text(example, "direct") + common.BRANCH_END, str(example.answer) + common.STOP
 
 
 # ------------------------------------------------------------------------------------------------

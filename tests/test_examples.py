@@ -46,7 +46,7 @@ def test_all_rows_of_the_released_files_are_read(ladder_data):
     spatial = common.read_examples(ladder_data, "spatial")
     located, worked = common.read_examples(ladder_data, "locate"), common.read_examples(ladder_data, "coldstart")
     assert (len(spatial), len(located), len(worked)) == (14, 6, 4)
-    assert {example.question_type for example in spatial} == {*common.CHOICE_TYPES, *common.NUMERIC_TYPES}
+    assert {example.question_type for example in spatial} == {*common.CHOICE_TYPES[:3], *common.NUMERIC_TYPES}  # the seven
     assert {example.question_type for example in located + worked} == {"locate", "coldstart"}
     assert {(example.data_type, len(example.images)) for example in spatial} == {
         ("single_image", 1), ("multi_view", 8), ("video", 16)

@@ -74,9 +74,10 @@ def views(tmp_path_factory):
         world.write_room(made, folder, rng)
         room = world.read_scannet(folder, labels)
         for camera, frame in list(zip(made["cameras"], room.frames))[::2]:
-            boxes = world.visible_boxes(room, frame)
-            view = world.View(room, frame, boxes, lambda a, b: world.closest_distance(a.points, b.points), rng)
-            out.append((made, camera, view, {kind: list(rows(view)) for kind, rows in world.GENERATORS.items()}))
+            boxes, glimpsed = world.look(room, frame)
+            view = world.View(room, "single_image", [frame], [boxes], [glimpsed], rng, world.TOY_RULES)
+            rows = {kind: list(world.GENERATORS[kind](view)) for kind in world.TOY_ASKED}
+            out.append((made, camera, view, {kind: [r for r in some if not isinstance(r, str)] for kind, some in rows.items()}))
         shutil.rmtree(folder)
     return out
 
@@ -112,7 +113,7 @@ def test_every_direction_outside_the_guard_band_is_asked_and_no_other(views):
     for made, camera, view, rows in views:
         asked = {tuple(thing.number for thing in row["objects"]) for row in rows["relative direction"]}
         names = [name_of(thing) for thing in made["solids"]]
-        shown = [k for k, name in enumerate(names) if names.count(name) == 1 and k + 2 in view.boxes]
+        shown = [k for k, name in enumerate(names) if names.count(name) == 1 and k + 2 in view.boxes[0]]
         for a, b in itertools.permutations(shown, 2):
             border = verdict_of(*offset_of(made["solids"][a], made["solids"][b], camera))[2]
             if abs(border - world.RULES["guard_deg"]) > 1e-3:  # the mesh holds float32
@@ -126,7 +127,7 @@ def test_relative_distance_is_won_by_the_nearer_one_by_more_than_the_gap(views):
     for _, _, row, (a, b, reference) in rows_of(views, "relative distance"):
         # On the mesh, which the rules are about, and on the true surfaces, which the question is about.
         near, far = sorted(smallest_gap(world.solid_points(thing), world.solid_points(reference)) for thing in (a, b))
-        assert near >= world.RULES["min_nearest_m"] - 1e-5 and far - near > world.RULES["gap_m"] - 1e-5
+        assert near >= world.RULES["min_nearest_m"] - 1e-5 and far - near > world.TOY_RULES["gap_m"] - 1e-5
         true = {name_of(thing): smallest_gap(surface(thing), surface(reference)) for thing in (a, b)}
         assert answered(row) == min(true, key=true.get)
         assert [option[3:] for option in row["options"]] == [name_of(a), name_of(b)]
@@ -177,7 +178,7 @@ def test_count_is_the_number_of_instances_that_the_picture_shows(views):
 
 
 def test_objects_asked_about_by_name_have_a_name_of_their_own(views):
-    for kind in set(world.GENERATORS) - {"object count"}:
+    for kind in set(world.TOY_ASKED) - {"object count"}:
         for made, _, row, named in rows_of(views, kind):
             names = [name_of(thing) for thing in made["solids"]]
             assert all(names.count(name_of(thing)) == 1 for thing in named)
@@ -187,7 +188,7 @@ def test_objects_asked_about_by_name_have_a_name_of_their_own(views):
 
 def test_objects_asked_about_are_visible(views):
     for _, _, view, rows in views:
-        assert all(thing.number in view.boxes for kind in rows.values() for row in kind for thing in row["objects"])
+        assert all(thing.number in view.boxes[0] for kind in rows.values() for row in kind for thing in row["objects"])
 
 
 # The files
@@ -197,8 +198,8 @@ def test_objects_asked_about_are_visible(views):
 def split(tmp_path_factory):
     """A folder with training rooms and, in heldout/, rooms that come after them."""
     root = tmp_path_factory.mktemp("split")
-    counts = world.build_split(root, 10, 0, 3, 40, 2, True)
-    world.build_split(root / "heldout", 4, 10, 3, 0, 2, False)
+    counts = world.build_toy(root, 10, 0, 3, 40, 2, True)
+    world.build_toy(root / "heldout", 4, 10, 3, 0, 2, False)
     return root, counts
 
 
@@ -228,7 +229,7 @@ def test_files_obey_the_schema(split):
         assert all(e.data_type == "single_image" and len(e.images) == 1 for e in examples)
     assert counts["coldstart"] == 40 and counts["worked"] == counts["spatial"]
     spatial = common.read_examples(root, "spatial")
-    assert counts["by_type"] == {kind: sum(e.question_type == kind for e in spatial) for kind in world.GENERATORS}
+    assert counts["by_type"] == {kind: sum(e.question_type == kind for e in spatial) for kind in world.TOY_ASKED}
     rows = common.read_jsonl(root / common.FILES["spatial"])
     fields = {"question_id", "question", "options", "answer", "image", "question_type", "data_type"}
     assert all(set(row) == fields and isinstance(row["answer"], str) for row in rows)
@@ -258,7 +259,7 @@ def test_a_thought_never_contradicts_its_answer(split):
         else:
             assert re.findall(r"[\d.]+", words)[-1] == answer
         kinds.add(row["question_type"])
-    assert kinds == set(world.GENERATORS)
+    assert kinds == set(world.TOY_ASKED)
 
 
 def test_the_boxes_of_a_thought_are_those_of_the_objects_in_the_question(split):
@@ -306,13 +307,13 @@ def test_the_offsets_of_a_thought_are_those_of_its_objects(views):
 
 
 def test_the_same_seed_gives_the_same_bytes_whatever_the_workers(split, tmp_path):
-    world.build_split(tmp_path / "one", 10, 0, 3, 40, 1, True)
+    world.build_toy(tmp_path / "one", 10, 0, 3, 40, 1, True)
     assert texts_of(tmp_path / "one") == texts_of(split[0])
     assert len(texts_of(split[0])) == 5
 
 
 def test_another_seed_gives_other_rooms(split, tmp_path):
-    world.build_split(tmp_path / "other", 10, 0, 4, 40, 2, True)
+    world.build_toy(tmp_path / "other", 10, 0, 4, 40, 2, True)
     other, same = texts_of(tmp_path / "other"), texts_of(split[0])
     assert set(other) == set(same) and all(other[name] != same[name] for name in same)
 

@@ -81,13 +81,10 @@ def test_the_order_differs_between_seeds_and_passes_and_repeats_for_the_same():
 
 
 def test_packs_hold_every_pair_once_and_at_most_so_many_branches(scenes):
-    def pairs_of(scene):
-        return [(example.id, "x") for example in scene.examples]
-
-    packs = common.make_packs(scenes, pairs_of, 3, seed=0)
+    packs = common.make_packs(scenes, 3, seed=0)
     assert max(len(pack.pairs) for pack in packs) == 3
-    found = Counter((id(pack.scene), name) for pack in packs for name, _ in pack.pairs)
-    assert found == Counter((id(scene), example.id) for scene in scenes for example in scene.examples)
+    found = Counter((id(pack.scene), pair) for pack in packs for pair in pack.pairs)
+    assert found == Counter((id(scene), common.sft_pair(example)) for scene in scenes for example in scene.examples)
 
 
 def rates(settings, steps):

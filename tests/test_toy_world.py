@@ -151,10 +151,10 @@ def test_a_point_behind_the_camera_has_no_pixel_and_no_box(tmp_path):
     assert z[0] == -2 and np.isfinite([u[0], v[0]]).all()
     room = written(room_of(solid("ball", 0.8, 0, 0)), tmp_path)
     frame = room.frames[0]
-    assert set(world.visible_boxes(room, frame)) == {2}
+    assert set(world.look(room, frame)[0]) == {2}
     behind = frame.pose[:3, 3] - 3 * frame.pose[:3, 2]
     room.objects[0].points = room.objects[0].points - room.objects[0].points.mean(0) + behind
-    assert world.visible_boxes(room, frame) == {}
+    assert world.look(room, frame)[0] == {}
 
 
 def test_boxes_of_unhidden_solids_are_the_bounds_of_their_masks(tmp_path):
@@ -167,7 +167,7 @@ def test_boxes_of_unhidden_solids_are_the_bounds_of_their_masks(tmp_path):
         world.write_room(room, folder, rng)
         read = world.read_scannet(folder, labels)
         for camera, frame in zip(room["cameras"], read.frames):
-            boxes, instance = world.visible_boxes(read, frame), world.render(room, camera)[2]
+            boxes, instance = world.look(read, frame)[0], world.render(room, camera)[2]
             for number, thing in enumerate(room["solids"], 1):
                 alone = world.render(room | {"solids": [thing]}, camera)[2] == 1
                 if (alone == (instance == number)).all():
@@ -185,7 +185,7 @@ def test_a_hidden_solid_is_not_visible_but_is_from_the_other_side(tmp_path):
     assert not hidden.any() and shown.any()  # the two premises of this test
     read = written(room, tmp_path)
     assert [thing.label for thing in read.objects] == ["red cube", "blue ball"]
-    assert [set(world.visible_boxes(read, frame)) for frame in read.frames] == [{2}, {2, 3}]
+    assert [set(world.look(read, frame)[0]) for frame in read.frames] == [{2}, {2, 3}]
 
 
 def test_the_box_of_a_half_hidden_solid_stops_at_what_hides_it(tmp_path):
@@ -197,7 +197,7 @@ def test_the_box_of_a_half_hidden_solid_stops_at_what_hides_it(tmp_path):
     mask = world.render(room_of(front, back), world.toy_camera(0.0))[2] == 2
     whole = world.render(room_of(back), world.toy_camera(0.0))[2] == 1
     assert 0.3 < mask.sum() / whole.sum() < 0.95
-    cut, full = world.visible_boxes(read, read.frames[0])[3], world.visible_boxes(free, free.frames[0])[2]
+    cut, full = world.look(read, read.frames[0])[0][3], world.look(free, free.frames[0])[0][2]
     assert cut[3] < full[3] and cut[:3] == full[:3]  # its foot is hidden, its top and sides are not
 
 
@@ -216,7 +216,7 @@ def test_reading_gives_back_the_aligned_world(tmp_path):
         start += len(wanted)
     for frame, camera in zip(read.frames, room["cameras"]):
         assert np.abs(frame.pose - camera).max() < 1e-6
-    assert [frame.stem for frame in read.frames] == [str(20 * number) for number in range(len(room["cameras"]))]
+    assert [frame.number for frame in read.frames] == [20 * number for number in range(len(room["cameras"]))]
 
 
 def test_vertices_lie_on_their_solid_and_reach_its_outline():
@@ -238,7 +238,7 @@ def test_frames_without_a_finite_pose_and_structural_labels_are_skipped(tmp_path
     groups["segGroups"].append({"objectId": 7, "segments": [1], "label": "no such label"})
     (folder / "scene0000_00.aggregation.json").write_text(json.dumps(groups))
     read = world.read_scannet(folder, world.read_labels(tmp_path / "labels.tsv"))
-    assert [frame.stem for frame in read.frames] == ["0"]
+    assert [frame.number for frame in read.frames] == [0]
     assert [thing.label for thing in read.objects] == ["red cube"]
 
 
@@ -265,16 +265,20 @@ def test_sides_of_a_turned_rectangle_are_its_sides():
         corners = np.array([[x, y, z] for x in (-1.0, 1.0) for y in (-0.35, 0.35) for z in (-0.6, 0.6)])
         c, s = math.cos(angle), math.sin(angle)
         turned = np.concatenate([points, corners]) @ np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]]) + [3, -1, 2]
-        sides = world.oriented_sides(turned)
+        sides = world.upright_box(turned)[2]
         assert np.allclose(sorted(sides[:2]), [0.7, 2.0]) and np.isclose(sides[2], 1.2)
     line = np.array([[0.0, 0, 0], [0, 1, 0], [0, 3, 2]])  # no area: the hull does not exist
-    assert sorted(world.oriented_sides(line)) == [0, 2, 3]
+    assert sorted(world.upright_box(line)[2]) == [0, 2, 3]
 
 
 def test_longest_side_of_every_solid_is_its_size():
     for shape in world.SHAPES:
         for yaw in (0.0, 0.3, 1.2):
-            assert np.isclose(world.oriented_sides(world.solid_points(solid(shape, 0.9, 1, 2, yaw))).max(), 0.9)
+            assert np.isclose(world.upright_box(world.solid_points(solid(shape, 0.9, 1, 2, yaw)))[2].max(), 0.9)
+
+
+def object_of(points):
+    return world.Object(1, "", points, *world.upright_box(points))
 
 
 def test_closest_distance_equals_brute_force():
@@ -282,12 +286,13 @@ def test_closest_distance_equals_brute_force():
     for _ in range(20):
         a, b = rng.normal(size=(40, 3)), rng.normal(size=(25, 3)) + rng.uniform(0, 4, 3)
         brute = min(math.dist(p, q) for p in a for q in b)
-        assert np.isclose(world.closest_distance(a, b), brute) and np.isclose(world.closest_distance(b, a), brute)
+        pair = object_of(a), object_of(b)
+        assert np.isclose(world.closest_distance(*pair), brute) and np.isclose(world.closest_distance(*pair[::-1]), brute)
 
 
 def test_signs_of_camera_offset_by_hand():
     def thing(x, y):
-        return world.Object(1, "", np.array([[x - 0.1, y - 0.1, 0], [x + 0.1, y + 0.1, 1]]))
+        return object_of(np.array([[x - 0.1, y - 0.1, 0], [x + 0.1, y + 0.1, 1]]))
 
     ahead = world.toy_camera(0.0)  # looks along +y, right is +x
     assert np.allclose(world.camera_offset(thing(1, 0), thing(0, 0), ahead), (1, 0))
