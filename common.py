@@ -24,7 +24,9 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -223,9 +225,6 @@ def picture_text(grids, merge, video):
 # ------------------------------------------------------------------------------------------------
 
 
-VIDEO_FRAMES = 16  # of an mp4, as many as the frames of a video row in the released data
-
-
 def load_image(path):
     """Open a picture as RGB. Raises SystemExit naming the path if it cannot be read."""
     try:
@@ -308,7 +307,7 @@ def load_backbone(path, load="bf16", min_pixels=None, max_pixels=None, device="c
 
     load: "fp32", "bf16" or "4bit" (nf4; vision tower and head stay bf16). Pixel limits default to the folder's own.
     Returns a namespace: model, tokenizer, processor (the PIL image processor: Qwen2_5_VLProcessor needs torchvision),
-    stop (ids that end a completion), suppress (ids never sampled), path.
+    stop (ids that end a completion), suppress (ids never sampled), path, frames (pictures taken of an mp4).
     Raises SystemExit if the folder has no model or no tokenizer.
     """
     is_hub_id = re.fullmatch(r"(?!runs/)\w[\w.-]*/[\w.-]+", str(path)) and not Path(path).exists()
@@ -346,7 +345,7 @@ def load_backbone(path, load="bf16", min_pixels=None, max_pixels=None, device="c
     }
     ids = tokenizer.convert_tokens_to_ids
     return SimpleNamespace(
-        model=model.eval(), tokenizer=tokenizer, processor=processor, path=str(path), device=torch.device(device),
+        model=model.eval(), tokenizer=tokenizer, processor=processor, path=str(path), device=torch.device(device), frames=16,
         stop=[ids(STOP), ids("<|endoftext|>")],
         suppress=[ids(f"<|{name}|>") for name in ("vision_start", "vision_end", "image_pad", "video_pad")],
     )  # fmt: skip
@@ -427,19 +426,26 @@ def encode_text(tokenizer, text):
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def encode_scenes(backbone, scenes, keep=False):
+def scene_patches(backbone, scene):
+    """Read the pictures of a scene: (pixels, grids) as picture_patches gives them, or None if it is encoded already."""
+    if scene.encoded is not None:
+        return None
+    if scene.images[0].endswith(".mp4"):
+        pictures = read_video(scene.images[0], backbone.frames)
+    else:
+        pictures = [load_image(path) for path in scene.images]
+    return picture_patches(backbone.processor, pictures, scene.data_type == "video")
+
+
+def encode_scenes(backbone, scenes, keep=False, patches=None):
     """Run the vision tower once over all pictures of `scenes`: a list of Prefix (system words + pictures).
 
-    keep: remember the result in each scene; for small pictures and a frozen tower only.
+    keep: remember the result in each scene; for small pictures and a frozen tower only. patches: what scene_patches gives
+    for each scene, if that has been called already.
     """
     model, merge = core(backbone.model).model, backbone.processor.merge_size
-    fresh, patches = [scene for scene in scenes if scene.encoded is None], []
-    for scene in fresh:
-        if scene.images[0].endswith(".mp4"):
-            pictures = read_video(scene.images[0], VIDEO_FRAMES)
-        else:
-            pictures = [load_image(path) for path in scene.images]
-        patches.append(picture_patches(backbone.processor, pictures, scene.data_type == "video"))
+    patches = patches or [scene_patches(backbone, scene) for scene in scenes]
+    fresh, patches = [s for s in scenes if s.encoded is None], [part for part in patches if part is not None]
     prefixes = {}
     if fresh:
         trained = any(parameter.requires_grad for parameter in model.visual.parameters())
@@ -677,7 +683,10 @@ DIGITS = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+"
 NUMBER = re.compile(rf"(?:about |approximately |around )?({DIGITS})\s*([a-z\u00b2 ]*[.23]?)\.?")
 UNITS = {"", "m", "m2", "m\u00b2", "sqm", "sq m", "meter", "meters", "metre", "metres", "cm", "centimeter", "centimeters",
          "centimetre", "centimetres", "square meters", "square metres", "square meter", "square metre"}  # fmt: skip
-WORDS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve".split(), range(13)))
+ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen"
+WORDS = {word: number for number, word in enumerate((ONES + " nineteen").split())}
+for _tens, _word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2):
+    WORDS |= {_word: 10 * _tens} | {f"{_word}-{one}": 10 * _tens + n for n, one in enumerate(ONES.split()[1:10], 1)}
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # (T,) of mean relative accuracy
 
 
@@ -708,8 +717,9 @@ def parse_number(text):
     Text with several numbers, without one, nan and inf are None.
     """
     text = str(text).strip().lower()
-    if text.rstrip(".") in WORDS:
-        return float(WORDS[text.rstrip(".")])
+    spelled = "-".join(text.rstrip(".").split())
+    if spelled in WORDS:
+        return float(WORDS[spelled])
     found = NUMBER.fullmatch(text)
     if not found or found[2].strip().rstrip(".") not in UNITS:
         return None
@@ -815,7 +825,7 @@ def constant_guess(train, test):
     guess = {}
     for kind in sorted({example.question_type for example in test}):
         known, asked = [e for e in train if e.question_type == kind], [e for e in test if e.question_type == kind]
-        if kind in CHOICE_TYPES:
+        if asked[0].options:
             counts = Counter(choice(example) for example in known)
             best = {key: max((c for c in counts if c[0] == key), key=counts.get) for key, _ in counts}
             guess[kind] = float(np.mean([best.get(choice(e)[0]) == choice(e) for e in asked]))
@@ -1126,30 +1136,52 @@ def heldout_scenes(settings, kinds, processor):
     return random.Random(0).sample(scenes, min(settings.eval_scenes, len(scenes)))
 
 
-def generate_answers(backbone, scenes, mode, max_new_tokens, temperature=0.0, batch=128, keep=False, bar=None):
+def answer_batches(backbone, scenes, mode, max_new_tokens, temperature=0.0, batch=128, keep=False, seed=None, skip=None):
     """Ask every example of `scenes` in a mode of INSTRUCTIONS ("locate" examples always in theirs).
 
-    The pictures of a scene are encoded once for all its questions; scenes are shared among the processes.
+    The pictures of a scene are read and encoded once for all its questions, and those of the next batch are read while the
+    model is busy with this one. batch: questions answered at once. Yields (scenes, texts), one list of texts a scene.
+    With a seed, the samples of a batch depend on it and the batch alone; a batch for which skip(scenes) holds is left out.
+    """
+    parts, asked = [], batch
+    for scene in scenes:
+        if asked + len(scene.examples) > batch:
+            parts.append([])
+            asked = 0
+        parts[-1].append(scene)
+        asked += len(scene.examples)
+    parts = [part for part in parts if not (skip and skip(part))]
+    if not parts:
+        return
+
+    def read(part):
+        return [scene_patches(backbone, scene) for scene in part]
+
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(read, parts[0])
+        for part, following in zip(parts, [*parts[1:], []]):
+            patches = ahead.result()
+            ahead = reader.submit(read, following)
+            branches = []
+            for scene in part:
+                words = [prompt_text(e, "locate" if e.question_type == "locate" else mode) for e in scene.examples]
+                branches.append([list(encode_text(backbone.tokenizer, text + BRANCH_END)) for text in words])
+            with torch.no_grad():
+                prefixes = encode_scenes(backbone, part, keep, patches)
+            if seed is not None:
+                torch.manual_seed(zlib.crc32(f"{seed} {part[0].examples[0].id}".encode()))
+            answers = branch_generate(backbone, prefixes, branches, max_new_tokens, temperature)
+            yield part, [[decode(backbone, completion) for completion in ids] for ids in answers]
+
+
+def generate_answers(backbone, scenes, mode, max_new_tokens, temperature=0.0, batch=128, keep=False):
+    """answer_batches for all scenes, which the processes share.
+
     Returns examples and texts, two lists in the same order, equal in every process.
     """
     rank, size = world()
-    mine, texts, start = scenes[rank::size], [], 0
-    while start < len(mine):
-        end, asked = start, 0
-        while end < len(mine) and (end == start or asked + len(mine[end].examples) <= batch):
-            asked, end = asked + len(mine[end].examples), end + 1
-        part, start = mine[start:end], end
-        branches = []
-        for scene in part:
-            words = [prompt_text(e, "locate" if e.question_type == "locate" else mode) for e in scene.examples]
-            branches.append([list(encode_text(backbone.tokenizer, text + BRANCH_END)) for text in words])
-        with torch.no_grad():
-            prefixes = encode_scenes(backbone, part, keep)
-        for ids in branch_generate(backbone, prefixes, branches, max_new_tokens, temperature):
-            texts.append([decode(backbone, completion) for completion in ids])
-        if bar is not None:
-            bar.update(len(part) * size)
-    texts = gather(texts)
+    batches = answer_batches(backbone, scenes[rank::size], mode, max_new_tokens, temperature, batch, keep)
+    texts = gather([some for _, texts in batches for some in texts])
     return [e for scene in scenes for e in scene.examples], [text for group in texts for text in group]
 
 

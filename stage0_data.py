@@ -1216,7 +1216,8 @@ def build_real(settings, root, scenes):
     failed = {name: part["failed"] for name, part in parts.items() if "failed" in part}
     good = [part for part in parts.values() if "failed" not in part]
     if not good:
-        raise SystemExit(f"none of the {len(scenes)} scenes of {settings.scannet} could be read; the first: {next(iter(failed.values()))}")
+        first = next(iter(failed.values()))
+        raise SystemExit(f"none of the {len(scenes)} scenes of {settings.scannet} could be read; the first: {first}")
     for name, reason in list(failed.items())[:5]:
         common.say(f"left out {name}: {reason}")
     targets = {"single_image": settings.single_rows, "multi_view": settings.multi_rows, "video": settings.video_rows}
@@ -1308,10 +1309,19 @@ def picture_svg(frame, boxes, asked, width):
     return f'<svg viewBox="0 0 {w} {h}" width="{width}" height="{small.height}">{"".join(inside)}</svg>'
 
 
+def outline_above(thing):
+    """The outline (n, 2) of an object's box as seen from above."""
+    flat = corners(thing)[:, :2]
+    try:
+        return flat[ConvexHull(flat).vertices]
+    except QhullError:  # a box without breadth
+        return flat
+
+
 def plan_svg(room, asked, frames, side=260):
     """The room from above as inline SVG: every object's box, the asked ones filled and named, and where the camera stood
     and looked. North is up; one grid square is a metre."""
-    outlines = {o.number: corners(o)[::2, :2][[0, 1, 3, 2]] for o in room.objects}  # (4, 2), around
+    outlines = {o.number: outline_above(o) for o in room.objects}
     points = np.concatenate([*outlines.values(), *(frame.pose[None, :2, 3] for frame in frames)])
     low, high = np.floor(points.min(0) - 0.3), np.ceil(points.max(0) + 0.3)
     scale = side / (high - low).max()
@@ -1363,8 +1373,9 @@ def write_gallery(rows, room_of, path):
             body.append(f"<h2>{html.escape(title)}</h2>")
             heading = title
         options = "".join(f"<div>{html.escape(option)}</div>" for option in row["options"] or [])
+        shown = f'<div class="pictures">{"".join(pictures)}</div>' if pictures else ""
         body.append(
-            f'<article><div class="pictures">{"".join(pictures)}</div><div class="words">'
+            f'<article>{shown}<div class="words">'
             f'<div>{html.escape(row["question"])}</div>{options}<div class="answer">{html.escape(row["answer"])}</div>'
             f'<div class="thought">{html.escape(row["thought"])}</div><div class="thought">{html.escape(scene)}</div></div>'
             f"{plan_svg(room, asked, frames)}</article>"

@@ -69,7 +69,7 @@ PRESETS = {
         "load": "fp32", "keep_features": True, "micro_scenes": 64, "lr": 2.5e-3, "lora_rank": 32, "lora_alpha": 32,
         "steps": 95, "prompts": 12, "group": 8, "max_new_tokens": 112, "locate": 0.25, "beta": 0.03, "warmup": 0.05,
         "cold_lr": 3e-4, "cold_muon_lr": 0.003, "cold_tune": "full", "cold_optimizer": "muon", "cold_steps": 200,
-        "cold_mix": 2.0, "cold_format": 0.4, "cold_eval_every": 10, "eval_every": 25, "save_every": 50,
+        "cold_mix": 2.0, "cold_format": 0.3, "cold_eval_every": 10, "eval_every": 25, "save_every": 50,
     },
     # The paper: G = 4 in its script, beta .01, 1,024 new tokens, temperature 1, one epoch.
     "3b": {
