@@ -1023,7 +1023,8 @@ def positions(view, objects):
 
 
 def scene_rows(room, settings, rng):
-    """Candidate rows of a scene, at most per_scene_type for each kind of picture and type, and what the guards rejected.
+    """Candidate rows of a scene, at most per_scene_type for each kind of picture and type; how many passed the guards before
+    that, and what the guards rejected.
 
     A row also holds `thought`, `asked` (numbers of its objects) and, for a single image, `boxes` (a localisation answer).
     """
@@ -1037,12 +1038,13 @@ def scene_rows(room, settings, rng):
                 if view.data_type == "single_image":
                     row["boxes"] = [{"bbox_2d": view.boxes[0][o.number], "label": o.label} for o in objects]
                 rows.setdefault((view.data_type, kind), []).append(row)
-    kept = [row for some in rows.values() for row in rng.sample(some, min(len(some), RULES["per_scene_type"]))]
-    return kept, rejected
+    passed = {f"{data_type}: {kind}": len(some) for (data_type, kind), some in rows.items()}
+    return [row for some in rows.values() for row in rng.sample(some, min(len(some), RULES["per_scene_type"]))], passed, rejected
 
 
 def scannet_part(job):
-    """One scene -> {"rows", "rejected", "skipped"}; a scene that cannot be read -> {"failed": reason}. job: (path, settings)."""
+    """One scene -> {"rows", "passed", "rejected", "skipped"}; one that cannot be read -> {"failed": reason}. job: (path,
+    settings)."""
     path, settings = job
     torch.set_num_threads(1)
     try:
@@ -1052,10 +1054,10 @@ def scannet_part(job):
             room = read_scannet(path, read_labels(Path(settings.scannet) / "scannetv2-labels.combined.tsv"))
             if not room.frames:
                 raise SystemExit(f"{path}: no frame has a colour picture, depth and a finite pose.")
-        rows, rejected = scene_rows(room, settings, random.Random(f"{settings.seed} {room.name}"))
+        rows, passed, rejected = scene_rows(room, settings, random.Random(f"{settings.seed} {room.name}"))
     except (Exception, SystemExit) as error:  # a bad scene must not stop a long run: it is named in the manifest
         return {"failed": str(error) if isinstance(error, SystemExit) else f"{path}: {type(error).__name__}: {error}"}
-    return {"rows": rows, "rejected": rejected, "skipped": room.skipped}
+    return {"rows": rows, "passed": passed, "rejected": rejected, "skipped": room.skipped}
 
 
 def make_parts(function, jobs, folder, workers, desc):
@@ -1247,6 +1249,7 @@ def build_real(settings, root, scenes):
     letters = Counter(row["answer"] for row in rows if row["options"])
     return {
         "counts": counts, "by_kind": dict(sorted(by_kind.items())), "letters": dict(sorted(letters.items())),
+        "passed": total_counts(part["passed"] for part in good),
         "candidates": total_counts({f"{row['data_type']}: {row['question_type']}": 1} for row in candidates),
         "rejected": total_counts(part["rejected"] for part in good),
         "skipped": total_counts(part["skipped"] for part in good), "failed_scenes": failed, "scenes": len(good),
@@ -1611,10 +1614,11 @@ def main_real(settings):
     if prepare(root, config, settings):
         facts = build_real(settings, root, scenes)
         finish(root, config, facts)
-        print(f"wrote {root} from {facts['scenes']} scenes ({len(facts['failed_scenes'])} left out); rows:")
+        print(f"wrote {root} from {facts['scenes']} scenes ({len(facts['failed_scenes'])} left out)")
+        print(f"{'rows':>8} {'passed':>8} {'refused by a guard':>20}")
         for name, count in facts["by_kind"].items():
             refused = sum(n for reason, n in facts["rejected"].items() if reason.startswith(f"{name}: "))
-            print(f"  {count:6} {name} ({refused} candidates refused by the guards)")
+            print(f"{count:8} {facts['passed'][name]:8} {refused:20}  {name}")
 
 
 def main_toy(settings):

@@ -118,11 +118,11 @@ def rectangle(x1, y1, x2, y2, step=0.1):
     return np.stack([u, v, np.zeros(u.size)], 1)
 
 
-def walk(count, reach, turns, start, step=20):
-    """Cameras that walk once around the middle of the room at 1.5 m and turn as they go."""
+def walk(count, reach, turns, start, way=1, step=20):
+    """Cameras that walk once around the middle of the room at 1.5 m and turn as they go. way: 1 to the left, -1 to the right."""
     out = []
     for i in range(count):
-        a = 2 * math.pi * i / count
+        a = way * 2 * math.pi * i / count
         place = (3 + reach * math.cos(a), 2.5 + 0.75 * reach * math.sin(a), 1.5)
         out.append(Camera(step * i, place, start + math.pi + turns * a + 0.25 * math.sin(3 * a), 0.45 + 0.12 * math.sin(5 * a)))
     return out
@@ -250,7 +250,7 @@ def bedroom(root, name="scene0007_00", frames=42):
 def study(root, name="scene0012_01", frames=24, nasty=True):
     """An L of 26 m2 without an alignment; its pictures are small and their names padded."""
     floor = np.concatenate([rectangle(0, 0, 6, 3), rectangle(0, 3, 4, 5)])
-    return write_scene(root, name, STUDY, walk(frames, 1.4, 1.2, 0.9), floor, 26.0, (324, 242), padded=True, nasty=nasty)
+    return write_scene(root, name, STUDY, walk(frames, 1.4, 1.2, 0.9, -1), floor, 26.0, (324, 242), padded=True, nasty=nasty)
 
 
 def write_table(root, without=()):
