@@ -207,7 +207,9 @@ def all_rows(room, seed="rows"):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(world.RULES, "tries", 10**6)
         patch.setitem(world.RULES, "per_scene_type", 10**6)
-        return world.scene_rows(room, SimpleNamespace(extra=True), random.Random(seed))
+        rows, passed, rejected = world.scene_rows(room, SimpleNamespace(extra=True), random.Random(seed))
+    assert passed == Counter(f"{row['data_type']}: {row['question_type']}" for row in rows)
+    return rows, rejected
 
 
 @pytest.fixture(scope="module")
@@ -460,11 +462,11 @@ def test_direction_in_a_picture(scenes):
 
 def test_no_direction_in_a_picture_is_left_out(scenes):
     for truth, (number,), named, rows in views_of(scenes, "relative direction", "single_image"):
-        wanted = {
-            (a, b) for a, b in itertools.permutations(named, 2)
-            if direction_of(truth.offset(named[a], named[b], truth.camera[number]))[2] >= 10
-        }  # fmt: skip
-        assert len(rows) == len(wanted) and {asked_of(row)[:2] for row in rows} == wanted
+        offsets = {(a, b): truth.offset(named[a], named[b], truth.camera[number]) for a, b in itertools.permutations(named, 2)}
+        wanted = {pair for pair, offset in offsets.items() if direction_of(offset)[2] >= 10}
+        found = {asked_of(row)[:2] for row in rows}
+        assert len(rows) == len(found) and found <= wanted
+        assert all(abs(offsets[pair]) < 0.5 for pair in wanted - found)  # whose numbers, rounded, may say something else
 
 
 def test_direction_for_one_who_stands_in_the_room(scenes):
@@ -695,7 +697,8 @@ def test_refusals_are_counted_by_reason(scenes):
     for scene in scenes:
         pairs = sum(math.perm(len(scene.truth.named((number,))), 2) for number in scene.truth.camera)
         rows = sum(row["question_type"] == "relative direction" and row["data_type"] == "single_image" for row in scene.rows)
-        assert scene.rejected["single_image: relative direction: near the border of two answers"] == pairs - rows
+        reasons = {name: count for name, count in scene.rejected.items() if name.startswith("single_image: relative direction: ")}
+        assert sum(reasons.values()) == pairs - rows and any(name.endswith("near the border of two answers") for name in reasons)
 
 
 # -- thoughts --------------------------------------------------------------------------------------
@@ -834,7 +837,7 @@ def done(root, tmp_path_factory):
 def test_files_are_as_the_stages_read_them(done):
     for kind in ("locate", "spatial", "coldstart"):
         examples = common.read_examples(done, kind)
-        assert len(examples) == len(rows_in(done, kind)) > 20
+        assert len(examples) == len(rows_in(done, kind)) > 10
         assert {example.data_type for example in examples} == ({"single_image"} if kind == "locate" else {*world.ASKED})
     for row in rows_in(done):
         assert set(row) == FIELDS and type(row["question_id"]) is int and type(row["answer"]) is str
@@ -902,7 +905,9 @@ def test_manifest_counts_what_is_there(done):
     assert counts["locate"] == len(rows_in(done, "locate")) and counts["coldstart"] == len(rows_in(done, "coldstart"))
     assert manifest["by_kind"] == Counter(f"{row['data_type']}: {row['question_type']}" for row in rows)
     assert manifest["letters"] == Counter(row["answer"] for row in rows if row["options"])
-    assert all(manifest["candidates"][kind] >= count for kind, count in manifest["by_kind"].items())
+    for kind, count in manifest["by_kind"].items():
+        assert manifest["passed"][kind] >= manifest["candidates"][kind] >= count
+        assert manifest["candidates"][kind] <= manifest["scenes"] * world.RULES["per_scene_type"]
     assert list(manifest["failed_scenes"]) == ["scene0099_00"] and "aggregation.json" in manifest["failed_scenes"]["scene0099_00"]
     assert manifest["scenes"] == 3 and {name.split("/")[0] for row in rows for name in row["image"]} == {
         "scene0007_00", "scene0012_01", "scene0033_00",
@@ -956,6 +961,21 @@ def test_balance_shares_a_target_as_far_as_types_reach():
     few = world.balance(list(rows), {"video": 0, "single_image": 0}, 2, 0)
     assert set(Counter(row["image"][0] for row in few).values()) <= {1, 2}
     assert len({row["question_type"] for row in chosen_rows[:12]}) > 1  # not sorted by type
+
+
+def test_a_full_scene_is_asked_everything():
+    """Where the scenes' limit binds and not the targets, no type goes without."""
+    kinds = [(data_type, kind) for data_type, some in world.ASKED.items() for kind in some]
+    for scenes, most in ((1, 40), (5, 16)):
+        rows = [
+            {"data_type": data_type, "question_type": kind, "image": [f"scene{scene:04d}_00/0.jpg"]}
+            for data_type, kind in kinds for scene in range(scenes) for _ in range(1 if kind == "room size" else 6)
+        ]  # fmt: skip
+        found = world.balance(rows, {"single_image": 5929, "multi_view": 5752, "video": 9000}, most, 0)
+        counts = Counter((row["data_type"], row["question_type"]) for row in found)
+        assert len(found) == scenes * most and set(counts) == set(kinds)
+        wanted = scenes * most / len(kinds)
+        assert all(0.5 * wanted <= count <= 2 * wanted for key, count in counts.items() if key[1] != "room size"), counts
 
 
 def test_letters_of_a_run_are_even(done):

@@ -1,0 +1,895 @@
+"""eval.py: scorers, averages, adapters, whole runs that stop and go on, analyses, and the report."""
+
+import io
+import json
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_pictures import write_mp4
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+import common
+import eval as evaluation
+from common import Example
+from eval import Item, columns, score_prediction
+
+ROOT = Path(evaluation.__file__).parent
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "ViewSpatial-Bench.json"
+SMALL = ("--max_new_tokens", "6", "--batch", "4", "--frames", "4", "--min_pixels", 56 * 56, "--max_pixels", 84 * 84,
+         "--load", "fp32", "--mode", "direct")  # fmt: skip
+ALL = ("vsi", "spbench-si", "spbench-mv", "cvbench", "spar", "viewspatial")
+SIDES = ["A. left", "B. right", "C. front", "D. back"]
+
+# ------------------------------------------------------------------------------------------------
+# Scorers
+# ------------------------------------------------------------------------------------------------
+
+
+def letter(truth="B"):
+    return "vsi", {"question_type": "object_rel_direction_easy", "options": ["A. left", "B. right"], "ground_truth": truth}
+
+
+def number(truth):
+    return "spbench", {"question_type": "object_abs_distance", "options": None, "ground_truth": str(truth)}
+
+
+def cv(truth):
+    return "cvbench", {"task": "Count", "choices": list("012345"), "answer": truth, "source": "COCO"}
+
+
+VIEW = "viewspatial", {"question_type": "Camera", "choices": "A. right\nB. front-up", "answer": "A. right"}
+
+
+def spar(truth, task="obj_spatial_relation_oo"):
+    return "spar", {"task": task, "question": "Where is it?\n" + "\n".join(SIDES), "answer": truth}
+
+
+def moved(truth):
+    return spar(truth, "view_change_infer")
+
+
+ZERO = ZeroDivisionError
+FAULTS = [  # (benchmark and row, prediction, strict, paper)
+    *[(letter(), text, 1, 1) for text in ("B", "B.", "B. right", "b", "Answer: B", "<think>A</think><answer>B</answer>")],
+    *[(letter(), text, 1, 0) for text in ("(B)", "B)", "B:", "B.\nright", "right", "Right.", "The answer is B")],
+    *[(letter(), text, 0, 0) for text in ("A or B", "", "C", "nan", "A", "<answer>B", "B. left or so, I think"[::-1])],
+    (letter("A"), "A or B", 0, 1), (letter("A"), "A. right", 0, 1),
+    (letter(), "<answer>B</answer> no, <answer>A</answer>", 0, 1), (letter(), "<answer>A</answer><answer>B</answer>", 1, 0),
+    *[(VIEW, text, 1, 1) for text in ("A", "A.", "A. right")],
+    *[(VIEW, text, 1, 0) for text in ("(A)", "A)", "A:", "A.\nright", "right", "a", "The answer is A")],
+    (VIEW, "A or B", 0, 1), (VIEW, "", 0, 0),
+    *[(cv("(C)"), text, 1, 1) for text in ("(C)", "C", "C.", "c", "C. 2")], (cv("(C)"), "2", 1, 0),
+    (cv("(E)"), "E", 1, 0), (cv("(E)"), "E. 4", 1, 0), (cv("(F)"), "F", 1, 0), (cv("(F)"), "(F)", 1, 1), (cv("(F)"), "E", 0, 0),
+    *[(number(2.5), text, 1, 1) for text in ("2.5", "2.5 meters", "about 2.5 meters")],
+    *[(number(2.5), text, 0, 0) for text in ("", "nan", "inf", "-inf", "about a meter, 2.5", "no idea")],
+    (number(1), "about a meter, 2.5", 0, 1), (number(1), "twenty-one", 0, 1), (number(21), "twenty-one", 1, 0),
+    (number(20), "A. 20", 0, 0), (number(1), "A. 20", 0, 1), (number(1200), "1,200", 1, 0), (number(1), "1,200", 0, 1),
+    (number(3), "-3", 0, 1), (number(2), "2 or 3", 0, 1), (number(2), "<answer>3</answer><answer>2</answer>", 1, 0.1),
+    (number(2), "1", 0.1, 0.1), (number(4), "3", 0.6, 0.6), (number(100), "95", 1, 1), (number(100), "150", 0.1, 0.1),
+    (number(0), "0", 1, ZERO), (number(0), "1", 0, ZERO), (number(0), "no idea", 0, 0),
+    (spar("C"), "C", 1, 1), (spar("C"), "c", 1, 1), (spar("C"), "C. front", 1, 1), (spar("C"), "A", 0, 0),
+    (spar("C"), "", 0, 1), (spar("C"), "<answer></answer>", 0, 1), (spar("C"), "Cannot determine", 0, 1), (spar("C"), "(C)", 1, 0),
+    (spar("C"), "front", 1, 0), (spar("C. front"), "ron", 0, 1), (spar("C. front"), ".", 0, 1), (spar("C. front"), "C", 1, 1),
+    (spar("2.0", "depth_prediction_oc"), "2", 1, 1), (spar("2", "depth_prediction_oc"), "2 or 5", 0, 1),
+    (spar("2", "depth_prediction_oo_mv"), "2 or 5", 0, 0), (spar("5", "depth_prediction_oo_mv"), "2 or 5", 0, 1),
+    (spar("2", "distance_prediction_oo"), "-2", 0, 1), (spar("2", "distance_prediction_oo"), "", 0, 0),
+    (spar("0", "distance_prediction_oo"), "0", 1, 1), (spar("0", "distance_prediction_oo"), "0.25", 0, 0.6),
+    (moved("move_right:2,rotate_up:10"), "move_right:2,rotate_up:10", 1, 1), (moved("move_left:2"), "move_right:-2", 1, 1),
+    (moved("move_right:2,rotate_up:10"), "move_right:3,rotate_up:10", 0.82, 0.88),  # prediction and truth swapped
+    (moved("move_right:2,rotate_up:10"), "move_right: 2, rotate_up: 10", 1, 0.8),  # keys not stripped
+    (moved("move_right:2,rotate_up:10"), "move_right:2,rotate_up:10,and so on", 1, 0),  # one part broken
+    (moved("move_right:2,rotate_up:10"), "move_right:2,rotate_up:ten degrees", 0.8, 0),
+    (moved("move_right:0,rotate_up:10"), "move_right:0.05,rotate_up:10", 1, 0.8),  # a truth of 0
+    (moved("move_right:2"), "", 0, 0), (moved("move_right:2"), "I cannot tell", 0, 0), (moved("move_right:2"), "nan", 0, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("asked, text, strict, paper", FAULTS)
+def test_faults(asked, text, strict, paper):
+    assert score_prediction(*asked, text) == pytest.approx(strict)
+    if paper is ZERO:
+        with pytest.raises(ZeroDivisionError):
+            score_prediction(*asked, text, "paper")
+    else:
+        assert score_prediction(*asked, text, "paper") == pytest.approx(paper)
+
+
+def mra(said, true):
+    """A loop as plain as the formula."""
+    hits = 0
+    for theta in np.linspace(0.5, 0.95, 10):
+        hits += abs(said - true) / abs(true) <= 1 - theta
+    return hits / 10
+
+
+def test_strict_numbers_equal_a_plain_loop():
+    rng = np.random.default_rng(0)
+    for _ in range(1500):
+        true = float(rng.choice([rng.integers(1, 300), rng.uniform(0.1, 9).round(1)]))
+        said = float(rng.choice([true * rng.choice([*np.arange(0.5, 1.5, 0.05)]), rng.uniform(0, 3) * true]))
+        assert score_prediction(*number(true), f"<answer>{said:.12f} meters</answer>") == mra(float(f"{said:.12f}"), true)
+
+
+def second_opinion(benchmark, row, text):
+    """The published scorers, written again from the list of their faults."""
+    if "<answer>" in text:
+        text = re.split("</answer>", text.split("<answer>", 1)[1], maxsplit=1)
+        text = text[0].strip() if len(text) == 2 else "None"
+    word = (text.replace("Answer:", "") if benchmark in ("vsi", "spbench") else text).split(" ")[0].strip()
+    whole = (text.replace("Answer:", "") if benchmark in ("vsi", "spbench") else text).strip()
+    if benchmark == "viewspatial":
+        return float((word[:1] if word in [x + dot for x in "ABCD" for dot in ("", ".")] else whole) == row["answer"][:1])
+    if benchmark == "cvbench":
+        bare = word.upper()[:-1] if word.endswith(".") else word.upper()
+        bare = bare[1:] if bare[:1] in list("([{") else bare
+        bare = bare[:-1] if bare[-1:] in list(")]}") else bare
+        truth = row["answer"] if row["answer"][1] in "EF" else row["answer"][1]
+        return float((bare if bare in list("ABCD") else whole) == truth)
+    if benchmark in ("vsi", "spbench") and row.get("options"):
+        found = word[:1] if word in [x + dot for x in "ABCD" for dot in ("", ".")] else whole
+        return float(found.lower() == row["ground_truth"].lower())
+    if benchmark in ("vsi", "spbench"):
+        teens = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+        order = teens.split() + "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety zero a an".split()
+        values = list(range(1, 20)) + [20, 30, 40, 50, 60, 70, 80, 90, 0, 1, 1]
+        words = re.split(r"\W+", text.lower())
+        said = [value for word, value in zip(order, values) if word in words][:1] or re.findall(r"\d+(?:\.\d+)?", text)[:1]
+        if not said:
+            return 0.0
+        if float(row["ground_truth"]) == 0:
+            raise ZeroDivisionError
+        return mra(float(said[0]), float(row["ground_truth"]))
+    if row["task"] in evaluation.SPAR_LOW:
+        said = re.findall(r"\d+\.\d+|\d+", text.replace("^", "^x"))
+        if not said:
+            return 0.0
+        said, true = float(said[-1 if "mv" in row["task"] else 0]), float(row["answer"])
+        return mra(said, true) if true else mra(said + 1, 1)
+    if row["task"] == "view_change_infer":
+        sums = []
+        for part in (text, row["answer"]):
+            motion = dict.fromkeys(range(5), 0.0)
+            for piece in part.split(","):
+                if piece.count(":") != 1:
+                    return 0.0
+                key, value = piece.split(":")
+                try:
+                    value = float(value)
+                except ValueError:
+                    return 0.0
+                names = ["move_right move_up move_forward rotate_right rotate_up", "move_left move_down move_backward rotate_left rotate_down"]
+                for names, sign in zip(names, (1, -1)):
+                    if key in names.split():
+                        motion[names.split().index(key)] += sign * value
+            sums.append(motion)
+        said, true = sums
+        return sum(mra(true[i], said[i]) if said[i] else mra(1 + abs(true[i]), 1) for i in range(5)) / 5
+    text, truth = text.lower(), row["answer"].lower()
+    return float(text in truth or text[0] == truth)
+
+
+def random_answers(count, seed=0):
+    """Letters, words, numbers, motions and junk, alone and joined, inside tags and outside."""
+    rng = random.Random(seed)
+    words = ["a", "an", "one", "ten", "nineteen", "twenty-one", "zero", "left", "right", "front-up", "Cannot", "or", "None", "meters"]
+    numbers = ["0", "1", "2", "3.5", "1,200", "-3", "2^3", ".5", "nan", "inf", "1e3", "007", "12.", "4.9", "20"]
+    marks = ["", " ", ".", "(", ")", "[A]", "{b}", ":", ", ", "\n", "Answer:", "Answer: ", "é", "½", "\u202e", "<answer>", "</answer>"]
+    keys = ["move_right", "move_left", " move_up", "rotate_up", "rotate_down ", "jump", "MOVE_UP"]
+    motion = [f"{key}:{value}" for key in keys for value in ("1", "-2", "0.5", " 3", "x", "0")]
+    letters = [before + letter + after for letter in "ABCDEFabe" for before in ("", "(", "[") for after in ("", ".", ")", "]", ").")]
+    out = ["", " ", "<answer></answer>"]
+    for _ in range(count):
+        kind = rng.choice([letters, numbers, words, motion, letters + numbers + words + marks])
+        text = rng.choice(["", " ", ",", ". ", "\n"]).join(rng.choice(kind) for _ in range(rng.randint(1, 4)))
+        out.append(rng.choice([text, text, f"<think>{rng.choice(words)}</think><answer>{text}</answer>",
+                               f"<answer>{rng.choice(letters)}</answer> {text}", f"<answer>{text}"]))  # fmt: skip
+    return out
+
+
+def test_paper_scorers_equal_a_second_writing():
+    def outcome(score, *asked):
+        try:
+            return round(score(*asked), 9)
+        except ZeroDivisionError:
+            return "zero"
+
+    rows = [letter("A"), letter("B"), VIEW, cv("(A)"), cv("(E)"), number(2), number(0), number(21), spar("C"), spar("C. front"),
+            *[spar(truth, task) for truth in ("2", "0") for task in ("depth_prediction_oc", "distance_prediction_oo_mv")],
+            moved("move_right:1,rotate_up:2"), moved("move_left:2,move_up:1")]  # fmt: skip
+    seen = set()
+    for text in random_answers(3000):
+        for asked in rows:
+            ours = outcome(lambda *a: score_prediction(*a, "paper"), *asked, text)
+            assert ours == outcome(second_opinion, *asked, text), (asked, text)
+            seen.add((asked[0], ours))
+            assert 0 <= score_prediction(*asked, text) <= 1
+    assert {("vsi", 1.0), ("spbench", "zero"), ("spbench", 0.1), ("cvbench", 1.0), ("viewspatial", 1.0)} <= seen
+
+
+def test_an_unknown_scorer_or_benchmark_is_named():
+    with pytest.raises(ValueError, match="kind"):
+        score_prediction(*letter(), "B", "kind")
+    with pytest.raises(ValueError, match="other"):
+        score_prediction("other", {}, "B")
+
+
+def test_a_right_motion_is_a_legal_answer():
+    item = Item(*moved("move_right:2,rotate_up:10"), Example("spar:1", (), "multi_view", "view_change_infer", "?", None, ""))
+    assert evaluation.score_row(item, "move_right:2,rotate_up:10")["legal"]
+    assert not evaluation.score_row(item, "I cannot tell")["legal"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Averages
+# ------------------------------------------------------------------------------------------------
+
+
+def averaged(benchmark, groups, how, field="question_type", **more):
+    """columns() of {type: scores}. more: {field: {type: value}} of other fields."""
+    pairs = [({field: kind} | {k: v[kind] for k, v in more.items()}, score) for kind, some in groups.items() for score in some]
+    random.Random(0).shuffle(pairs)
+    found = columns(benchmark, *zip(*pairs), how)
+    assert found["by_type"] == {kind: pytest.approx(np.mean(some)) for kind, some in groups.items()}
+    return found["columns"]
+
+
+VSI = {"object_counting": [1, 0.5], "object_rel_direction_easy": [1, 0], "object_rel_direction_medium": [1],
+       "object_rel_direction_hard": [0, 0, 0, 1], "route_planning": [1]}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["official", "paper"])
+def test_vsi_is_the_mean_of_tasks_and_direction_that_of_levels(how):
+    assert averaged("vsi", VSI, how) == pytest.approx({"NQ": 0.75, "MCQ": (7 / 12 + 1) / 2, "avg": (0.75 + 7 / 12 + 1) / 3})
+    two = {"object_counting": [1, 0.5], "object_size_estimation": [0], "object_rel_direction": [1, 0]}
+    assert averaged("spbench", two, how) == pytest.approx({"NQ": 0.375, "MCQ": 0.5, "avg": 1.25 / 3})
+    assert averaged("spbench", {"object_counting": [1]}, how)["MCQ"] is None
+
+
+def test_a_missing_level_of_directions_is_left_out_or_zeroes_the_task():
+    some = {kind: scores for kind, scores in VSI.items() if "medium" not in kind}
+    assert averaged("vsi", some, "official") == pytest.approx({"NQ": 0.75, "MCQ": 0.6875, "avg": 2.125 / 3})
+    assert averaged("vsi", some, "paper") == pytest.approx({"NQ": 0.75, "MCQ": 0.5, "avg": 1.75 / 3})
+
+
+@pytest.mark.parametrize("how", ["official", "paper"])
+def test_cvbench_and_viewspatial_averages(how):
+    source = {"Count": "ADE20K", "Relation": "COCO", "Depth": "Omni3D"}
+    groups = {"Count": [1, 0], "Relation": [1, 1, 1, 0], "Depth": [0, 0, 1]}
+    assert averaged("cvbench", groups, how, "task", source=source) == pytest.approx({"2D": 0.625, "3D": 1 / 3, "avg": 23 / 48})
+    only = averaged("cvbench", {"Depth": [0, 1]}, how, "task", source=source)
+    assert only == {"2D": None, "3D": 0.5, "avg": 0.5}
+    groups = {"Camera perspective - x": [1, 0], "Camera perspective - y": [0], "Person perspective - x": [1]}
+    assert averaged("viewspatial", groups, how) == pytest.approx({"camera": 1 / 3, "person": 1, "avg": 0.5})
+
+
+def test_spar_is_the_mean_of_tasks_or_of_questions():
+    groups = {"depth_prediction_oc": [1, 1, 1, 0], "distance_prediction_oo": [0], "view_change_infer": [0.5],
+              "spatial_imagination_oo": [1, 0]}  # fmt: skip
+    wanted = {"low": 0.375, "medium": 0.5, "high": 0.5, "avg": 0.4375}
+    assert averaged("spar", groups, "official", "task") == pytest.approx(wanted)
+    assert averaged("spar", groups, "paper", "task") == pytest.approx(wanted | {"low": 0.6, "avg": 0.5625})
+    assert averaged("spar", {"depth_prediction_oc": [1]}, "official", "task")["medium"] is None
+
+
+def test_the_guess_equals_a_search_over_all_answers():
+    def items(asked, truths, field):
+        return [Item(asked("1")[0], asked("1")[1] | {field: str(t)}, Example(f"x:{n}", (), "", "kind", "", None, ""))
+                for n, t in enumerate(truths)]  # fmt: skip
+
+    for truths in ([1, 2, 2.2, 2.4, 8], [3, 3, 0.5], [0, 0, 4], [7]):
+        some = items(number, truths, "ground_truth")
+        tries = [[score_prediction("spbench", item.row, str(v)) for item in some] for v in sorted(set(truths))]
+        assert evaluation.guess_scores(some).tolist() == pytest.approx(max(tries, key=sum))
+    some = items(cv, ["(C)", "(A)", "(C)", "(F)"], "answer")
+    assert evaluation.guess_scores(some).tolist() == [1, 0, 1, 0]
+    some[0].row["choices"] = list("012")  # another number of options: another constant
+    assert evaluation.guess_scores(some).tolist() in ([1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1])
+    still = Item(*moved("move_right:2"), Example("x", (), "", "view_change_infer", "", None, ""))
+    assert evaluation.guess_scores([still]).tolist() == pytest.approx([0.8])
+
+
+# ------------------------------------------------------------------------------------------------
+# Adapters
+# ------------------------------------------------------------------------------------------------
+
+
+def as_bytes(picture):
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    return {"bytes": data.getvalue(), "path": None}
+
+
+def write_table(path, rows, **features):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = datasets.Dataset.from_list(rows)
+    for name, feature in features.items():
+        table = table.cast_column(name, feature)
+    table.to_parquet(str(path))
+
+
+def write_downloads(root, photo, feature=True):
+    """All six benchmarks, a few rows each, as they lie on disk after a download. feature: pictures as datasets.Image()."""
+    chair = "How many chair(s) are in this room?"
+    vsi = [("scannet", "scene1", "object_counting", chair, "2", None),
+           ("scannet", "scene1", "object_rel_direction_easy", "<image>Which side?", "B", SIDES),
+           ("arkitscenes", "4100", "obj_appearance_order", "Which order?", "A", ["A. bed, lamp", "B. lamp, bed"]),
+           ("arkitscenes", "4100", "room_size_estimation", "How large?", "0", None)]  # fmt: skip
+    names = ("dataset", "scene_name", "question_type", "question", "ground_truth", "options")
+    vsi = [{"id": n} | dict(zip(names, row)) for n, row in enumerate(vsi)]
+    for n, (name, rows) in enumerate({"-00000-of-00001": vsi, "_debiased": vsi[1:3], "_pruned": vsi[3:]}.items()):
+        write_table(root / "VSI-Bench" / f"test{name}.parquet", rows)
+    for n, row in enumerate(vsi[1:3]):
+        (root / "VSI-Bench" / row["dataset"]).mkdir()
+        write_mp4(root / "VSI-Bench" / row["dataset"] / f"{row['scene_name']}.mp4", [photo(64, 48, 9 * n + f) for f in range(6)])
+
+    places = ["", "images", "SPBench-SI-images"]
+    spbench = [vsi[0] | {"id": f"s{n}", "images": [f"scene{n}/0.jpg"]} for n in range(3)]
+    spbench[1] |= {"question_type": "object_rel_direction", "ground_truth": "D", "options": SIDES}
+    views = spbench[1] | {"id": "m", "images": [f"scene9/{n}.jpg" for n in range(8)]}
+    for name, place in [*((s["images"][0], p) for s, p in zip(spbench, places)), *((name, "") for name in views["images"])]:
+        (root / "SPBench" / place / name).parent.mkdir(parents=True, exist_ok=True)
+        photo(64, 48, len(name)).save(root / "SPBench" / place / name)
+    write_table(root / "SPBench" / "SPBench-SI.parquet", spbench)
+    write_table(root / "SPBench" / "SPBench-MV.parquet", [views])
+
+    kind = {"image": datasets.Image()} if feature else {}
+    for dim, task, source in (("2D", "Count", "ADE20K"), ("3D", "Depth", "Omni3D")):
+        rows = [{"idx": n, "type": dim, "task": task, "image": as_bytes(photo(64, 48, n)), "question": f"{task}?", "source": source,
+                 "choices": ["0", "1", "2", "3", "4", "5"][: 2 + 4 * n], "answer": "(B)(F)"[3 * n : 3 * n + 3], "prompt": "x"}
+                for n in range(2)]  # fmt: skip
+        write_table(root / "CV-Bench" / f"test_{dim.lower()}.parquet", rows, **kind)
+
+    kind = {"image": datasets.List(datasets.Image())} if feature else {}
+    tasks = [("obj_spatial_relation_oo", spar("x")[1]["question"], "C", 1), ("depth_prediction_oc", "How deep?", "1.5", 1),
+             ("view_change_infer", "How did it move?", "move_right:0.3,rotate_up:12", 2), ("position_matching", "Which?\n(A) [1, 2]\n(B) [3, 4]", "B", 2)]  # fmt: skip
+    rows = [{"id": f"{task}/{n}", "image": [as_bytes(photo(64, 48, 10 * n + i)) for i in range(count)], "question": question,
+             "answer": answer, "task": task, "img_type": "x", "format_type": "x", "source": "x"}
+            for n, (task, question, answer, count) in enumerate(tasks)]  # fmt: skip
+    write_table(root / "SPAR-Bench" / "data" / "test-00000-of-00002.parquet", rows[:2], **kind)
+    write_table(root / "SPAR-Bench" / "data" / "test-00001-of-00002.parquet", rows[2:], **kind)
+
+    (root / "ViewSpatial-Bench" / "val").mkdir(parents=True)
+    paths = [f"ViewSpatial-Bench/val/{n}.jpg" for n in range(2)]
+    for n, path in enumerate(paths):
+        photo(64, 48, n).save(root / path)
+    rows = [{"question_type": f"{side} perspective - Relative Direction", "image_path": paths[: n + 1], "question": "Where?",
+             "answer": "B. right", "choices": "A. left\nB. right"} for n, side in enumerate(("Camera", "Person"))]  # fmt: skip
+    (root / "ViewSpatial-Bench" / "ViewSpatial-Bench.json").write_text(json.dumps(rows))
+    return root
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """Tables are cached in a folder of this test, and nothing asks the network."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        patch.setenv("HF_DATASETS_CACHE", str(folder))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def downloads(tmp_path_factory, photo):
+    pytest.importorskip("decord")
+    return write_downloads(tmp_path_factory.mktemp("downloads"), photo)
+
+
+def settings_for(*flags):
+    return common.parse_settings(evaluation.EvalSettings, evaluation.PRESETS, "eval", argv=[str(flag) for flag in flags])
+
+
+def read(name, data, folder, *flags):
+    return evaluation.read_items(name, settings_for("--data", data, *flags), folder)
+
+
+WANTED = {  # (id, type, kind of pictures, pictures, options asked, answer)
+    "vsi": [("0", "object_counting", "video", 1, None, "2"), ("1", "object_rel_direction_easy", "video", 1, SIDES, "B"),
+            ("2", "obj_appearance_order", "video", 1, ["A. bed, lamp", "B. lamp, bed"], "A"),
+            ("3", "room_size_estimation", "video", 1, None, "0")],
+    "spbench-si": [("s0", "object_counting", "single_image", 1, None, "2"),
+                   ("s1", "object_rel_direction", "single_image", 1, SIDES, "D"),
+                   ("s2", "object_counting", "single_image", 1, None, "2")],
+    "spbench-mv": [("m", "object_rel_direction", "multi_view", 8, SIDES, "D")],
+    "cvbench": [(f"{dim}-{n}", task, "single_image", 1, options, answer) for dim, task in (("2D", "Count"), ("3D", "Depth"))
+                for n, options, answer in ((0, ["A. 0", "B. 1"], "B"), (1, ["A. 0", "B. 1", "C. 2", "D. 3", "E. 4", "F. 5"], "F"))],
+    "spar": [("obj_spatial_relation_oo/0", "obj_spatial_relation_oo", "single_image", 1, None, "C"),
+             ("depth_prediction_oc/1", "depth_prediction_oc", "single_image", 1, None, "1.5"),
+             ("view_change_infer/2", "view_change_infer", "multi_view", 2, None, "move_right:0.3,rotate_up:12"),
+             ("position_matching/3", "position_matching", "multi_view", 2, None, "B")],
+    "viewspatial": [("0", "Camera perspective - Relative Direction", "single_image", 1, ["A. left", "B. right"], "B"),
+                    ("1", "Person perspective - Relative Direction", "multi_view", 2, ["A. left", "B. right"], "B")],
+}  # fmt: skip
+
+
+def check_items(name, items):
+    found = [(e.id, e.question_type, e.data_type, len(e.images), e.options, e.answer) for e in (item.example for item in items)]
+    assert found == [(f"{name}:{key}", *rest) for key, *rest in WANTED[name]]
+    for item in items:
+        assert "<image>" not in item.example.question and item.benchmark == name.split("-")[0]
+        truth = item.row.get("ground_truth", item.row.get("answer"))
+        assert score_prediction(item.benchmark, item.row, str(truth)) == 1
+        for path in item.example.images:
+            assert path.endswith(".mp4") or common.load_image(path).size == (64, 48)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_adapters_read_what_was_downloaded(name, downloads, tmp_path):
+    items, missing = read(name, downloads, tmp_path)
+    check_items(name, items)
+    assert missing == 0 and (name != "spar" or "0-1000" in items[3].example.question)
+
+
+@pytest.mark.parametrize("name", ["cvbench", "spar"])
+def test_embedded_pictures_may_be_plain_bytes(name, tmp_path, photo):
+    write_downloads(tmp_path / "plain", photo, feature=False)
+    items, _ = read(name, tmp_path / "plain", tmp_path)
+    check_items(name, items)
+    number = 10 * 3 + 1 if name == "spar" else 1
+    assert np.array_equal(common.load_image(items[-1].example.images[-1]), photo(64, 48, number))
+
+
+def test_versions_and_formats_of_vsi(downloads, tmp_path):
+    for version, ids in (("debiased", ["vsi:1", "vsi:2"]), ("pruned", ["vsi:3"])):
+        assert [item.example.id for item in read("vsi", downloads, tmp_path, "--vsi", version)[0]] == ids
+    (tmp_path / "VSI-Bench").mkdir()
+    rows = datasets.Dataset.from_parquet(str(downloads / "VSI-Bench" / "test-00000-of-00001.parquet"), cache_dir=str(tmp_path))
+    (tmp_path / "VSI-Bench" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for place in ("scannet", "arkitscenes"):
+        (tmp_path / "VSI-Bench" / place).symlink_to(downloads / "VSI-Bench" / place)
+    check_items("vsi", read("vsi", tmp_path, tmp_path)[0])
+
+
+def test_a_sample_is_drawn_by_seed(downloads, tmp_path):
+    def ids(seed):
+        return [item.example.id for item in read("cvbench", downloads, tmp_path, "--questions", 2, "--seed", seed)[0]]
+
+    assert ids(0) == ids(0) and len(ids(0)) == 2 and len({tuple(ids(seed)) for seed in range(9)}) > 1
+
+
+def break_vsi(root):
+    (root / "VSI-Bench" / "scannet" / "scene1.mp4").unlink()
+
+
+def break_table(root):
+    (root / "SPBench" / "SPBench-SI.parquet").write_bytes(b"PAR1 no table")
+
+
+def break_json(root):
+    (root / "ViewSpatial-Bench" / "ViewSpatial-Bench.json").write_text('[{"question_type": ')
+
+
+BROKEN = {  # benchmark, what breaks it, words of the message
+    "a missing video": ("vsi", break_vsi, ["question 0", "scene1.mp4"]),
+    "a missing picture": ("viewspatial", lambda root: (root / "ViewSpatial-Bench/val/1.jpg").unlink(), ["question 1", "val/1.jpg"]),
+    "a broken table": ("spbench-si", break_table, ["SPBench-SI.parquet", "cannot be read"]),
+    "broken JSON": ("viewspatial", break_json, ["ViewSpatial-Bench.json", "not JSON"]),
+    "a missing table": ("cvbench", lambda root: shutil.rmtree(root / "CV-Bench"), ["test_2d.parquet is missing"]),
+    "no shards": ("spar", lambda root: shutil.rmtree(root / "SPAR-Bench"), ["SPAR-Bench", "missing"]),
+    "an unknown name": ("vsibench", lambda root: None, ["vsibench", "viewspatial", "stage0"]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_broken_is_named_before_any_model_is_loaded(name, downloads, tmp_path):
+    benchmark, spoil, words = BROKEN[name]
+    shutil.copytree(downloads, tmp_path / "data")
+    spoil(tmp_path / "data")
+    settings = settings_for("--benchmarks", benchmark, "--data", tmp_path / "data", "--model", "runs/none")
+    with pytest.raises(SystemExit) as error:
+        evaluation.main_benchmarks(settings, tmp_path)
+    assert all(word in str(error.value) for word in words), error.value
+    assert "no model" not in str(error.value) and not (tmp_path / "predictions.jsonl").exists()
+
+
+@pytest.mark.skipif(not REAL.is_file(), reason="the real questions are not here")
+def test_the_real_viewspatial(tmp_path, monkeypatch):
+    (tmp_path / "ViewSpatial-Bench").mkdir()
+    shutil.copy(REAL, tmp_path / "ViewSpatial-Bench")
+    exists = Path.is_file
+    monkeypatch.setattr(Path, "is_file", lambda path: path.suffix == ".jpg" or exists(path))
+    items, missing = read("viewspatial", tmp_path, tmp_path)
+    rows = [item.row for item in items]
+    counts = [sum(kind == row["question_type"] for row in rows) for kind in (
+        "Camera perspective - Relative Direction", "Person perspective - Scene Simulation Relative Direction",
+        "Camera perspective - Object View Orientation", "Person perspective - Object View Orientation",
+        "Person perspective - Relative Direction")]  # fmt: skip
+    assert missing == 0 and len(items) == 5712 and counts == [1773, 1105, 996, 996, 842]
+    for scorer in ("strict", "paper"):
+        for how in ("official", "paper"):
+            perfect = [score_prediction("viewspatial", row, f"<answer>{row['answer']}</answer>", scorer) for row in rows]
+            assert set(columns("viewspatial", rows, perfect, how)["columns"].values()) == {1.0}
+            a = columns("viewspatial", rows, [score_prediction("viewspatial", row, "A", scorer) for row in rows], how)["columns"]
+            real = json.loads(REAL.read_text())
+            for side, count in (("camera", 2769), ("person", 2943), ("", 5712)):
+                hits = sum(r["answer"].startswith("A") for r in real if r["question_type"].lower().startswith(side))
+                assert a[side or "avg"] == pytest.approx(hits / count)
+    found = evaluation.benchmark_scores("viewspatial", items, [{"score": 1.0, "paper": 1.0, "format": 1, "legal": 1}] * 5712, 0)
+    assert ["x, strict", "100.0", "100.0", "100.0"] in evaluation.benchmark_table("viewspatial", found, "x")
+
+
+# ------------------------------------------------------------------------------------------------
+# Asking
+# ------------------------------------------------------------------------------------------------
+
+
+def small_scenes(ladder_data, downloads, backbone):
+    """A video with two questions, and the released rows of the small scene: one picture and eight."""
+    backbone.processor.size = {"shortest_edge": 56 * 56, "longest_edge": 84 * 84}
+    examples = [e for e in common.read_examples(ladder_data, "spatial") if "scene0011" in e.images[0]]
+    video = (str(downloads / "VSI-Bench" / "scannet" / "scene1.mp4"),)
+    examples += [Example(f"v{n}", video, "video", "object count", f"How many, {n}?", None, "2") for n in range(2)]
+    return common.group_scenes(examples[::2] + examples[1::2])
+
+
+def test_batches_are_asked_once_and_pictures_read_once(ladder_data, downloads, backbone, monkeypatch):
+    scenes, reads = small_scenes(ladder_data, downloads, backbone), []
+    for name in ("load_image", "read_video"):
+        real = getattr(common, name)
+        monkeypatch.setattr(common, name, lambda path, *rest, real=real: reads.append(path) or real(path, *rest))
+
+    def ask(scenes, **kwargs):
+        reads.clear()
+        pairs = [(scene, some) for part, texts in common.answer_batches(backbone, scenes, "direct", 6, **kwargs)
+                 for scene, some in zip(part, texts)]  # fmt: skip
+        return {e.id: text for scene, some in pairs for e, text in zip(scene.examples, some)}, [scene for scene, _ in pairs]
+
+    for batch in (1, 5, 100):
+        asked = []
+        texts, seen = ask(scenes, batch=batch, skip=lambda part: asked.append(part))
+        assert [id(scene) for scene in seen] == [id(scene) for scene in scenes] == [id(s) for part in asked for s in part]
+        assert sorted(reads) == sorted(path for scene in scenes for path in scene.images)
+        assert all(len(part) == 1 or sum(len(scene.examples) for scene in part) <= batch for part in asked)
+    alone = {}
+    for scene in scenes:
+        for e in scene.examples:
+            alone |= ask([common.Scene(scene.images, scene.data_type, [e])])[0]
+    assert alone == texts and len(set(texts.values())) > 1
+
+    sampled, _ = ask(scenes, batch=4, temperature=1.0, seed="7")
+    rest, seen = ask(scenes, batch=4, temperature=1.0, seed="7", skip=lambda part: scenes[0] in part)
+    first = {e.id for e in scenes[0].examples}
+    assert rest == {key: text for key, text in sampled.items() if key not in first}  # each batch has its own seed
+    assert not set(reads) & set(scenes[0].images) and scenes[0] not in seen
+    assert ask(scenes, skip=lambda part: True) == ({}, []) and not reads
+    assert ask(scenes, batch=4, temperature=1.0, seed="8")[0] != sampled
+
+
+# ------------------------------------------------------------------------------------------------
+# Whole runs
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(downloads, tiny_model, tmp_path_factory):
+    """The folder of a run over all six, in two processes, as a user starts it."""
+    folder = tmp_path_factory.mktemp("whole")
+    flags = ("--model", tiny_model, "--data", downloads, "--out", folder / "out", *SMALL, "--benchmarks", *ALL)
+    command = [sys.executable, str(ROOT / "eval.py"), *map(str, flags)]
+    done = subprocess.run(command, cwd=folder, env=os.environ, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (folder / "out" / "table.txt").read_text().strip() in done.stdout
+    return folder / "out"
+
+
+def read_run(folder):
+    """(settings, rows, scores) of a run."""
+    head, *rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().split("\n") if line]
+    return head["settings"], rows, json.loads((folder / "scores.json").read_text())
+
+
+def test_a_run_writes_all_it_promises(whole, tiny_model):
+    settings, rows, scores = read_run(whole)
+    assert settings["model"] == str(tiny_model) and settings["prompts"] == common.INSTRUCTIONS and settings["frames"] == 4
+    assert (settings["min_pixels"], settings["max_pixels"], settings["decoding"]) == (56 * 56, 84 * 84, "greedy")
+    assert re.fullmatch("[0-9a-f]{16}", settings["revision"]) and settings["revision"] == evaluation.fingerprint(tiny_model)
+    assert [row["id"] for row in rows] == [f"{name}:{key}" for name in ALL for key, *_ in WANTED[name]]  # in order, none twice
+    assert sorted(path.name for path in whole.iterdir()) == ["pictures", "predictions.jsonl", "report.html", "scores.json", "table.txt"]
+    assert list(scores["benchmarks"]) == list(ALL)
+    for name, found in scores["benchmarks"].items():
+        mine = [row for row in rows if row["id"].startswith(name + ":")]
+        assert found["questions"] == len(WANTED[name]) and found["missing"] == 0
+        assert {"strict", "strict_paper_average", "paper", "guess", "format", "legal"} <= set(found)
+        for kind, score in found["strict"]["by_type"].items():
+            assert score == pytest.approx(np.mean([row["score"] for row in mine if row["question_type"] == kind]))
+    table = (whole / "table.txt").read_text()
+    assert all(f"{name} ({len(WANTED[name])} questions)" in table for name in ALL) and "without pictures" not in table
+    for words in ("published scorer", "strict", "best constant guess", "SpatialLadder-3B"):
+        assert table.count(words) == len(ALL)
+    assert len(page(whole / "report.html")[1]) == len(rows)
+
+
+TWO = ("--benchmarks", "cvbench", "vsi")
+
+
+def go(folder, model, data, *flags):
+    settings = settings_for("--model", model, "--data", data, "--out", folder, *SMALL, *TWO, *flags)
+    folder.mkdir(exist_ok=True)
+    evaluation.main_benchmarks(settings, folder)
+
+
+@pytest.fixture(scope="module")
+def sampled(downloads, tiny_model, tmp_path_factory):
+    """A run in this process, with two sampled answers a question."""
+    folder = tmp_path_factory.mktemp("sampled")
+    go(folder, tiny_model, downloads, "--samples", 2)
+    return folder
+
+
+def test_processes_and_batches_do_not_change_greedy_answers(whole, sampled):
+    texts = [{row["id"]: row["text"] for row in read_run(folder)[1] if not row["temperature"]} for folder in (whole, sampled)]
+    assert texts[1] == {key: texts[0][key] for key in texts[1]} and len(texts[1]) == 8
+    assert [read_run(f)[2]["benchmarks"]["vsi"]["strict"] for f in (whole, sampled)][0] == read_run(sampled)[2]["benchmarks"]["vsi"]["strict"]
+
+
+def test_samples_are_kept_and_their_entropy_drawn(sampled):
+    _, rows, scores = read_run(sampled)
+    assert [sum(row["sample"] == n for row in rows) for n in range(3)] == [8, 8, 8]
+    for name in ("cvbench", "vsi"):
+        entropy = scores["benchmarks"][name]["semantic_entropy"]
+        assert entropy["samples"] == 2 and 0 <= entropy["mean"] <= math.log(2) + 1e-9
+        assert Image.open(sampled / f"entropy-{name}.png").width > 100
+
+
+@pytest.mark.parametrize("kept, cut", [(3, 0), (5, 40), (12, 7), (0, 30)], ids=["header and 2", "in a line", "in samples", "in the header"])
+def test_a_stopped_run_goes_on_to_the_same_end(kept, cut, sampled, downloads, tiny_model, tmp_path, monkeypatch):
+    lines = (sampled / "predictions.jsonl").read_bytes().split(b"\n")
+    (tmp_path / "predictions.jsonl").write_bytes(b"".join(line + b"\n" for line in lines[:kept]) + lines[kept][:cut])
+    made = []
+    real = common.branch_generate
+    monkeypatch.setattr(common, "branch_generate", lambda *a: made.append(sum(map(len, a[2]))) or real(*a))
+    go(tmp_path, tiny_model, downloads, "--samples", 2)
+    for name in ("predictions.jsonl", "scores.json", "table.txt"):
+        assert (tmp_path / name).read_bytes() == (sampled / name).read_bytes(), name
+    assert sum(made) <= 24 - 4 * ((kept - 1) // 4)  # batches of four: whole ones are not asked again
+    made.clear()
+    go(tmp_path, tiny_model, downloads, "--samples", 2)
+    assert not made  # nothing is left to ask
+
+
+@pytest.mark.parametrize("text", ["line\u2028line\u2029\x85\x0b\x1c", "naïve é"], ids=["line ends", "cut in a letter"])
+def test_answers_may_hold_any_letter(text, tmp_path):
+    row = {"model": "model", "mode": "direct", "temperature": 0.0, "sample": 0, "text": text}
+    evaluation.save_predictions(tmp_path, {"seed": 0}, [row | {"id": "1"}, row | {"id": "2"}])
+    done = evaluation.open_predictions(tmp_path, {"seed": 0}, settings_for())
+    assert [row["text"] for row in done.values()] == [text, text]
+    data = (tmp_path / "predictions.jsonl").read_bytes()
+    (tmp_path / "predictions.jsonl").write_bytes(data[: data.rindex(text[-1].encode()) + 1])  # stopped inside a letter
+    assert [key[-1] for key in evaluation.open_predictions(tmp_path, {"seed": 0}, settings_for())] == ["1"]
+
+
+@pytest.mark.parametrize("name, value", [("seed", 1), ("frames", 2), ("max_pixels", 56 * 56), ("mode", "think"), ("batch", 3)])
+def test_other_settings_are_refused_by_name(name, value, sampled, downloads, tiny_model, tmp_path):
+    shutil.copy(sampled / "predictions.jsonl", tmp_path)
+    with pytest.raises(SystemExit, match=f"{name}.*--resume never"):
+        go(tmp_path, tiny_model, downloads, f"--{name}", value)
+    assert (tmp_path / "predictions.jsonl").read_bytes() == (sampled / "predictions.jsonl").read_bytes()
+
+
+def test_another_model_is_refused_and_never_starts_anew(sampled, downloads, tiny_model, tmp_path):
+    other = shutil.copytree(tiny_model, tmp_path / "other" / "model")
+    out = tmp_path / "out"
+    out.mkdir()
+    lines = (sampled / "predictions.jsonl").read_text().split("\n")
+    rows = [json.loads(line) | {"text": "A", "score": 1.0} for line in lines[1:-1]]  # answers that no model gave
+    (out / "predictions.jsonl").write_text("\n".join([lines[0], *map(json.dumps, rows), ""]))
+    with pytest.raises(SystemExit, match="made with model"):
+        go(out, other, downloads)
+    go(out, other, downloads, "--resume", "never")
+    wanted = [row["text"] for row in read_run(sampled)[1] if not row["temperature"]]
+    assert [row["text"] for row in read_run(out)[1]] == wanted and "other, strict" in (out / "table.txt").read_text()
+
+
+def test_missing_pictures_are_skipped_and_counted_when_allowed(downloads, tiny_model, tmp_path):
+    shutil.copytree(downloads, tmp_path / "data")
+    break_vsi(tmp_path / "data")
+    go(tmp_path / "out", tiny_model, tmp_path / "data", "--allow_missing", "true")
+    _, rows, scores = read_run(tmp_path / "out")
+    assert scores["benchmarks"]["vsi"]["missing"] == 2 and scores["benchmarks"]["vsi"]["questions"] == 2 and len(rows) == 6
+    table = (tmp_path / "out" / "table.txt").read_text()
+    assert "vsi (2 questions, 2 without pictures skipped)" in table and "cvbench (4 questions)" in table
+
+
+def test_the_answers_of_a_slow_process_are_waited_for(tmp_path, monkeypatch):
+    """The first process is done; the second writes its last answer and only then comes to the barrier."""
+    row = {"model": "model", "mode": "direct", "temperature": 0.0, "sample": 0, "text": "A"}
+    rows = [row | {"id": str(n)} for n in range(2)]
+    evaluation.save_predictions(tmp_path, {"seed": 0}, rows[:1])
+    late = tmp_path / "predictions.1.jsonl"
+    arrive = [lambda: late.write_text(json.dumps(rows[1]) + "\n")]
+    monkeypatch.setattr(common, "world", lambda: (0, 2))
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: arrive and arrive.pop()())
+    found = evaluation.collect(tmp_path, {"seed": 0}, settings_for(), [evaluation.key_of(row) for row in rows])
+    assert found == rows
+
+
+# ------------------------------------------------------------------------------------------------
+# Analyses
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("texts, options, shares", [
+    (["A", "(A)", "<think>B</think><answer>A. left</answer>", "right"], SIDES, [3, 1]),
+    (["A", "B", "C", "D"], SIDES, [1, 1, 1, 1]), (["A"] * 5, SIDES, [5]),
+    (["2", "two", "2.0 m", "3"], None, [3, 1]), (["2", "no", "no", "2 or 3"], None, [1, 2, 1]), (["A or B", "A"], SIDES, [1, 1]),
+])  # fmt: skip
+def test_semantic_entropy_by_hand(texts, options, shares):
+    wanted = -sum(n / len(texts) * math.log(n / len(texts)) for n in shares)
+    assert evaluation.semantic_entropy(texts, options) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("hint", ["box", "box+line"])
+def test_a_hint_is_drawn_on_a_copy(hint, tmp_path):
+    Image.new("RGB", (200, 120), "gray").save(tmp_path / "a.png")
+    boxes = {"chair": [10, 20, 50, 80], "bed": [120, 40, 190, 100]}
+    item = Item("stage0", {}, Example("x:1", (str(tmp_path / "a.png"),), "single_image", "", "", None, ""), boxes)
+    evaluation.draw_hint(item, hint, tmp_path / "deep" / "b.png")
+    grey, drawn = (common.load_image(tmp_path / name) for name in ("a.png", "deep/b.png"))
+    assert grey.getcolors() == [(200 * 120, (128, 128, 128))]
+    for (x1, y1, x2, y2), colour in zip(boxes.values(), ((255, 0, 0), (0, 255, 0))):
+        corners = [(x1, y1), (x2 - 1, y1), (x1, y2 - 1), (x2 - 1, y2 - 1)]
+        assert [drawn.getpixel(xy) for xy in corners] == [colour] * 4
+        assert [drawn.getpixel((x1 - 1, y1)), drawn.getpixel((x2, y2 - 1)), drawn.getpixel((x2 - 3, y2 - 3))] == [(128,) * 3] * 3
+    line = drawn.getpixel(((30 + 155) // 2, (50 + 70) // 2))  # half way from middle to middle
+    assert line == ((255, 255, 0) if hint == "box+line" else (128, 128, 128))
+
+
+def test_cells_are_in_a_box_by_their_middle():
+    found = evaluation.inside_boxes([[0, 0, 20, 10]], (40, 20), (2, 4))
+    assert found.tolist() == [[True, True, False, False], [False] * 4]
+    found = evaluation.inside_boxes([[25, 15, 36, 16], [0, 0, 6, 6]], (40, 20), (2, 4))  # a middle on the edge counts once
+    assert found.tolist() == [[True, False, False, False], [False, False, True, True]]
+    assert not evaluation.inside_boxes([[6, 6, 14, 14]], (40, 20), (2, 4)).any()
+
+
+@pytest.mark.parametrize("thought, rest", [("", "B"), ("<think>x, y</think><answer>", "B</answer>")], ids=["direct", "think"])
+def test_attention_equals_that_of_a_plain_forward(thought, rest, backbone, tiny_model, photo, tmp_path, monkeypatch):
+    photo(112, 84).save(tmp_path / "a.png")
+    example = Example("x:1", (str(tmp_path / "a.png"),), "single_image", "relative direction", "Which side?", SIDES, "B")
+    ids = [list(common.encode_text(backbone.tokenizer, text)) if text else [] for text in (thought, rest)]
+    monkeypatch.setattr(common, "branch_generate", lambda *a: [[ids[0] + ids[1] + backbone.stop[:1]]])
+    weights, text = evaluation.answer_attention(backbone, Item("stage0", {}, example), "think", 16)
+    assert text == thought + rest and backbone.model.model.language_model.config._attn_implementation == "branches"
+    assert weights.sum((1, 2)) == pytest.approx(1) and weights.shape == (len(backbone.model.model.language_model.layers), 3, 4)
+
+    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager").eval()
+    pixels, grids = common.picture_patches(backbone.processor, [common.load_image(tmp_path / "a.png")])
+    words = f"<|im_start|>system\n{common.SYSTEM}<|im_end|>\n<|im_start|>user\n" + common.picture_text(grids, 2, False)
+    words = torch.tensor([backbone.tokenizer(words + common.prompt_text(example, "think") + common.BRANCH_END)["input_ids"] + ids[0]])
+    picture = words == plain.config.image_token_id
+    with torch.no_grad():
+        out = plain(input_ids=words, pixel_values=pixels, image_grid_thw=grids, mm_token_type_ids=picture.int(), output_attentions=True)
+    wanted = np.stack([layer[0, :, -1, picture[0]].mean(0).reshape(3, 4).numpy() for layer in out.attentions])
+    assert np.allclose(weights, wanted / wanted.sum((1, 2), keepdims=True), atol=1e-5)
+
+
+def test_hints_and_attention_on_a_folder_of_stage_0(ladder_data, tiny_model, tmp_path):
+    settings = settings_for("--benchmarks", "stage0", "--data", ladder_data, "--model", tiny_model, "--out", tmp_path, *SMALL,
+                            "--hint", "box+line", "--attention", 1)  # fmt: skip
+    items, _ = evaluation.read_items("stage0", settings, tmp_path)
+    assert len(items) == 6 and all(item.example.data_type == "single_image" and item.boxes for item in items)
+    assert items[1].boxes == {"chair": [64, 48, 320, 240], "table": [300, 200, 620, 470]}
+    assert all(Path(item.example.images[0]).is_relative_to(tmp_path) for item in items)
+    evaluation.main_benchmarks(settings, tmp_path)
+    found = read_run(tmp_path)[2]["benchmarks"]["stage0"]
+    assert found["questions"] == 6 and "paper" not in found and found["attention"]["questions"] == 1
+    assert all(0 <= share <= 1 for share in found["attention"]["share"]) and 0 < found["attention"]["area"] < 1
+    assert Image.open(tmp_path / "attention.png").width > 100
+    with pytest.raises(SystemExit, match="--hint line"):
+        read("stage0", ladder_data, tmp_path, "--hint", "line")
+
+
+def test_curves_are_drawn_without_a_model(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        rows = [{"step": n, "reward": n / 9, "reward_std": 0.1} | ({"think": 0.5} if n % 3 == 0 else {}) for n in range(9)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--curves", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["eval.py", *flags])
+    evaluation.main()
+    assert Image.open(tmp_path / "out" / "dynamics.png").width > 100
+    (tmp_path / "a" / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(SystemExit, match="logged none"):
+        evaluation.draw_dynamics([tmp_path / "a"], tmp_path / "x.png")
+
+
+# ------------------------------------------------------------------------------------------------
+# The report
+# ------------------------------------------------------------------------------------------------
+
+HOSTILE = ["</script><script>document.title='hacked'</script>", "<img src=x onerror=\"document.title='hacked'\">", "<!--<script>",
+           "\"'`${document.title='hacked'}", "\u202eright to left\u2028\u2029\u0085\x00", "]]></style><h1>", "x" * 1_000_000]  # fmt: skip
+
+
+class Page(HTMLParser):
+    """The elements of a page, and the text in its scripts."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.scripts, self.names = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.names += [name for name, _ in attributes]
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1] == "script":
+            self.scripts[-1] += data
+
+
+def page(path):
+    """(tags, rows of the JSON) of a report, checked to hold the page's own two scripts and nothing that could run."""
+    found = Page()
+    found.feed(path.read_text(encoding="utf-8"))
+    assert found.tags.count("script") == 2 and not [name for name in found.names if name.startswith("on")]
+    assert not {"img", "iframe", "object", "svg", "h3"} & set(found.tags) and found.tags.count("h1") == 1
+    assert "const rows" in found.scripts[1]
+    return found.tags, json.loads(found.scripts[0])
+
+
+def write_hostile(folder):
+    Image.new("RGB", (300, 200), "navy").save(folder / "a.png")
+    items, rows = {}, []
+    for n, text in enumerate(HOSTILE):
+        example = Example(f"{text[:200]}:{n}", (str(folder / "a.png"),), "single_image", text[:99], text, [f"A. {text[:999]}"], text)
+        items[example.id] = Item("vsi", {}, example)
+        rows.append({"model": f"m{text[:50]}", "temperature": 0.0, "id": example.id, "score": n / 6, "question_type": text[:99],
+                     "images": list(example.images), "question": text, "options": example.options, "answer": text,
+                     "text": f"<think>{text}</think><answer>{text}</answer>"})  # fmt: skip
+    table = evaluation.html_table([["", HOSTILE[0]], [HOSTILE[1], HOSTILE[2]]])
+    sections = [(HOSTILE[0], table + evaluation.html_bars({HOSTILE[1]: 0.5}, {HOSTILE[1]: 0.2}))]
+    evaluation.write_report(folder / "report.html", sections, evaluation.report_samples(rows, items))
+    return rows
+
+
+def test_hostile_text_stays_text(tmp_path):
+    wanted = write_hostile(tmp_path)
+    tags, rows = page(tmp_path / "report.html")
+    assert tags.count("h2") == 2 and [row["verdict"] for row in rows] == ["wrong"] * 3 + ["right"] * 4
+    assert (tmp_path / "report.html").stat().st_size < 300_000
+    by_id = {row["id"]: row for row in rows}
+    for row in wanted:
+        found, long = by_id[row["id"]], len(row["question"]) > 4000
+        for name, text in (("question", row["question"]), ("answer", row["answer"]), ("said", row["answer"].strip())):
+            assert found[name] == (text[:4000] + " ... (cut)" if long else text)
+        assert found["options"] == row["options"] and found["thought"].startswith("<think>" + row["question"][:3000])
+        assert all(picture.startswith("data:image/jpeg;base64,") for picture in found["pictures"])
+
+
+def test_words_of_the_template_may_stand_in_headings_and_answers(tmp_path):
+    sample = dict.fromkeys(("benchmark", "type", "id", "thought", "said", "question", "answer"), "BODY DATA")
+    sample |= {"options": ["DATA"], "score": 1.0, "verdict": "right", "pictures": []}
+    evaluation.write_report(tmp_path / "report.html", [("DATA", evaluation.html_table([["BODY"], ["DATA"]]))], [sample])
+    assert page(tmp_path / "report.html")[1] == [sample]
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+
+
+@pytest.mark.skipif(not BROWSER, reason="no browser")
+def test_a_browser_fills_the_list_and_runs_nothing_else(tmp_path):
+    write_hostile(tmp_path)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000"]
+    command = [BROWSER, *flags, "--dump-dom", (tmp_path / "report.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, cwd=tmp_path, env=os.environ)
+    found = Page()
+    found.feed(done.stdout)
+    assert "<title>Evaluation</title>" in done.stdout and "7 answers, wrong ones first" in done.stdout
+    assert found.tags.count("article") == 7 and found.tags.count("img") == 7 and found.tags.count("script") == 2
+    assert found.tags.count("select") == 3 and found.tags.count("option") == 3 + 2 * (7 + 1)
+    assert not [name for name in found.names if name.startswith("on")] and "h3" not in found.tags
