@@ -89,6 +89,7 @@ RULE_TABLE = {
     "video_frames": (16, "verified", "a video: so many frames at equal steps, in temporal order"),
     "frames_per_second": (30.0, "verified", "of ScanNet's recordings"),
     "axis_deg": (22.5, "verified", "one picture: nearer to an axis than this: left/right/front/back, else the diagonals"),
+    "direction_m": (0.5, "ours", "one picture: middles nearer than this on the floor are not asked; rounded metres would mislead"),
     "guard_deg": (10.0, "ours", "directions this near to the border between two answers are not asked"),
     "stand_near_m": (0.3, "verified", "standing by an object: the three are at least this far apart ..."),
     "stand_far_m": (5.0, "verified", "... and at most this far"),
@@ -108,7 +109,7 @@ RULE_TABLE = {
     "per_scene_type": (6, "ours", "questions of one type and kind of picture kept from a scene, before balancing"),
 }
 RULES = {name: value for name, (value, _, _) in RULE_TABLE.items()}
-TOY_RULES = RULES | {"gap_m": 0.3}  # a toy picture has few pixels for a metre
+TOY_RULES = RULES | {"gap_m": 0.3, "direction_m": 0.0}  # a toy picture has few pixels for a metre; its solids stand apart
 DROPPED_NYU40 = {0, 1, 2, 22, 38, 39, 40}  # wall, floor, ceiling, otherstructure, otherfurniture, otherprop, none
 # Spaces of ScanNet v2's 312 validation scans (scene%04d_*): the benchmarks are built on them.
 VALIDATION = {int(space) for space in """
@@ -471,7 +472,7 @@ def read_meta(path):
                 for number, (label, box) in enumerate(boxes, 1)
             ]  # fmt: skip
             area, counts = float(facts["room_size"]), Counter(facts["object_counts"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SystemExit(f"{path}, {scene}: {error!r}; wanted are object_bbox, object_counts and room_size.") from None
         rooms[scene] = Room(scene, objects, [], None, None, area, counts, Counter())
     return rooms
@@ -565,8 +566,8 @@ def floor_area(points):
 
 def level_axes(pose):
     """Unit vectors of the floor plane, (2,) each: to the right of a camera, and along its level gaze."""
-    right, gaze = pose[:2, 0], pose[:2, 2]
-    return right / np.linalg.norm(right), gaze / np.linalg.norm(gaze)
+    gaze = pose[:2, 2] / np.linalg.norm(pose[:2, 2])
+    return np.array([gaze[1], -gaze[0]]), gaze
 
 
 def camera_offset(a, b, pose):
@@ -688,6 +689,9 @@ def camera_direction(view):
     """From the camera, where is A from B? Four axes near an axis, four diagonals between them. Front is farther away."""
     for a, b in view.groups(2):
         right, front = camera_offset(a, b, view.frames[0].pose)
+        if math.hypot(right, front) < view.rules["direction_m"]:
+            yield "too near"
+            continue
         angle = math.degrees(math.atan2(abs(front), abs(right)))  # 0 = sideways, 90 = along the gaze
         off_axis = min(angle, 90 - angle)
         if abs(off_axis - RULES["axis_deg"]) < RULES["guard_deg"]:
@@ -857,7 +861,8 @@ def room_size(view):
 def appearance_order(view):
     """In which order do four categories first appear in the video? Three other orders stand beside the right one."""
     first = {}  # label -> second of its first appearance
-    for label in sorted({o.label for o in view.shown()} if view.frames else ()):
+    labels = {o.label for o in view.shown()} if view.frames else set()
+    for label in sorted(label for label in labels if not view.confused(label, labels)):
         numbers = {o.number for o in view.room.objects if o.label == label}
         clear = next(i for i, boxes in enumerate(view.boxes) if numbers & set(boxes))
         if any(numbers & some for some in view.glimpsed[:clear]):
@@ -1018,7 +1023,7 @@ def positions(view, objects):
             right, gaze = level_axes(view.frames[0].pose)
             step = place - view.frames[0].pose[:3, 3]
             place = (step[:2] @ right, step[:2] @ gaze, step[2])
-        words.append(f"{thing.label} ({', '.join(f'{x:.1f}' for x in place)})")
+        words.append(f"{thing.label} ({', '.join(f'{round(x, 1) + 0.0:.1f}' for x in place)})")  # + 0.0: no "-0.0"
     return ", ".join(words)
 
 
@@ -1079,22 +1084,29 @@ def make_parts(function, jobs, folder, workers, desc):
 def balance(rows, targets, per_scene, seed):
     """Choose rows so that each kind of picture has its target, shared evenly among its types as far as they reach, and no
     scene more than per_scene. targets: {data_type: number of rows, 0 = all}."""
-    rng, groups, used = random.Random(seed), {}, Counter()
+    rng, groups, used, chosen = random.Random(seed), {}, Counter(), []
     for row in rows:
         groups.setdefault((row["data_type"], row["question_type"]), []).append(row)
-    chosen, left = [], dict(targets)
-    for number, (key, group) in enumerate(order := sorted(groups.items(), key=lambda item: (len(item[1]), item[0]))):
+    left = {kind: count or len(rows) for kind, count in targets.items()}
+    for _, group in sorted(groups.items()):
         rng.shuffle(group)
-        types = sum(other[0] == key[0] for other, _ in order[number:])  # of this kind of picture, still to be filled
-        wanted = math.ceil(left[key[0]] / types) if targets[key[0]] else len(group)
-        for row in group:
-            scene = row["image"][0].split("/")[0]
-            if wanted and used[scene] < per_scene:
-                chosen.append(row)
-                used[scene] += 1
-                wanted, left[key[0]] = wanted - 1, left[key[0]] - 1
+    while groups:  # one row of every type in turn, the scarcest first
+        for key, group in sorted(groups.items(), key=lambda item: (len(item[1]), item[0])):
+            while group and used[scene_of(group[-1])] >= per_scene:
+                group.pop()
+            if not group or not left[key[0]]:
+                del groups[key]
+                continue
+            chosen.append(group.pop())
+            used[scene_of(chosen[-1])] += 1
+            left[key[0]] -= 1
     rng.shuffle(chosen)
     return chosen
+
+
+def scene_of(row):
+    """The scene that a row asks about."""
+    return row["image"][0].split("/")[0].removesuffix(".mp4")
 
 
 def write_rows(root, spatial, locate, traces, seed, detail=()):
@@ -1198,9 +1210,9 @@ def list_scenes(settings):
         scenes = {name: name for name in read_meta(source)}
     else:
         folder = source / "scans" if (source / "scans").is_dir() else source
-        scenes = {path.name: path for path in sorted(folder.glob("scene*_*")) if path.is_dir()}
+        scenes = {path.name: path for path in sorted(folder.glob("scene[0-9][0-9][0-9][0-9]_*")) if path.is_dir()}
         read_labels(source / "scannetv2-labels.combined.tsv")  # missing? say so now
-    refused = [name for name in scenes if int(name[5:9]) in VALIDATION]
+    refused = [name for name in scenes if name[5:9].isdigit() and int(name[5:9]) in VALIDATION]
     if refused and not settings.allow_val:
         common.say(
             f"leaving out {len(refused)} validation scenes, such as {refused[0]}: the benchmarks are built on them (--allow_val)"
@@ -1268,7 +1280,9 @@ def copy_picture(folder, target):
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         numbered = {int(path.stem): path for path in (folder / "color").glob("*.jpg") if path.stem.isdigit()}
-        shutil.copyfile(numbered[int(target.stem)], target)
+        new = target.with_suffix(".new")
+        shutil.copyfile(numbered[int(target.stem)], new)
+        new.rename(target)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1363,7 +1377,7 @@ def write_gallery(rows, room_of, path):
     """
     rooms, body, heading = {}, [], ""
     for row in tqdm(rows, desc="gallery"):
-        scene = row["image"][0].split("/")[0].removesuffix(".mp4")
+        scene = scene_of(row)
         if scene not in rooms:
             rooms[scene] = room_of(scene)
         room = rooms[scene]

@@ -303,11 +303,18 @@ def test_eval_writes_every_number_asked_for(evaluated):
         assert set(model["by_type"]) == set(scores["guess"])
         skill = np.mean([(model["by_type"][k] - g) / (1 - g) for k, g in scores["guess"].items() if g < 1])
         assert np.isclose(model["skill"], skill)
-    rows = common.read_jsonl(evaluated / "predictions.jsonl")
-    modes = {(row["model"], row["mode"], row["temperature"]) for row in rows}
-    assert len(modes) == 5 * 5 and len(rows) == 5 * (6 + 4 * 12)
+    head, *rows = common.read_jsonl(evaluated / "predictions.jsonl")
+    assert list(head["settings"]["models"]) == list(scores["models"]) and head["settings"]["prompts"] == common.INSTRUCTIONS
+    for name, model in scores["models"].items():  # the models that nobody has taught to think are asked direct answers only
+        modes = ["direct"] if name in ("base", "stage1", "stage2") else ["direct", "think"]
+        asked = {(row["mode"], row["temperature"]) for row in rows if row["model"] == name}
+        assert asked == {("locate", 0.0)} | {(mode, t) for mode in modes for t in (0.0, 1.0)}
+        assert model["mode"] == modes[-1] and [mode for mode in ("direct", "think") if mode in model] == modes
+    assert len(rows) == 3 * (6 + 2 * 12) + 2 * (6 + 4 * 12)
     for name in ("ladder.png", "boxes.png"):
         check_picture(evaluated / name)
+    report = (evaluated / "report.html").read_text(encoding="utf-8")
+    assert report.count("</script>") == 2 and all(name in report for name in scores["models"])
     table = (evaluated / "table.txt").read_text()
     assert all(word in table for word in [*scores["models"], *scores["guess"], "best constant guess", "IoU", "skill"])
 
@@ -326,9 +333,9 @@ def test_a_type_that_the_constant_guess_solves_does_not_break_the_skill():
 
 def test_scores_of_eval_are_those_of_its_predictions(evaluated):
     scores = json.loads((evaluated / "scores.json").read_text())
-    rows = common.read_jsonl(evaluated / "predictions.jsonl")
+    rows = common.read_jsonl(evaluated / "predictions.jsonl")[1:]  # the first line holds the settings
     for name, model in scores["models"].items():
-        for mode in ("direct", "think"):
+        for mode in [mode for mode in ("direct", "think") if mode in model]:
             mine = [row for row in rows if (row["model"], row["mode"]) == (name, mode)]
             for key, temperature in (("greedy_accuracy", 0), ("sampled_accuracy", 1)):
                 found = np.mean([row["score"] for row in mine if row["temperature"] == temperature])
