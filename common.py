@@ -192,7 +192,7 @@ SYSTEM = "You are a helpful assistant."
 INSTRUCTIONS = {
     "locate": "List each object's box and label as JSON.",
     "direct": "Answer with the letter or number only.",
-    "work": "Locate the objects, then answer.",
+    "work": "First locate the objects, then answer inside <answer> </answer>.",
     "think": "First think inside <think> </think>, then answer inside <answer> </answer>.",
 }
 BRANCH_END = "<|im_end|>\n<|im_start|>assistant\n"  # closes the question and opens the answer
@@ -707,7 +707,7 @@ def parse_choice(text, options):
         bare = re.fullmatch(r"\(?([A-Za-z])\)?[.:)]*(?:\s+(.*?))?\.?", text, re.DOTALL)
         if bare and bare[1].upper() == letter and (bare[2] or option).lower() == option:
             return letter
-    matches = [letter for letter, option in words.items() if text.lower().rstrip(".") == option]
+    matches = [letter for letter, option in words.items() if option and text.lower().rstrip(".") == option]
     return matches[0] if len(matches) == 1 else None
 
 
@@ -1040,8 +1040,10 @@ def start_run(settings):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         for name in ("metrics.jsonl", "samples.jsonl"):  # drop what was logged after the checkpoint
-            lines = (folder / name).read_text().splitlines() if step and (folder / name).is_file() else []
-            (folder / name).write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+            # Not splitlines: a sample may hold a line separator of its own (U+2028).
+            lines = (folder / name).read_text(encoding="utf-8").split("\n") if step and (folder / name).is_file() else []
+            kept = [line + "\n" for line in lines if line and json.loads(line)["step"] <= step]
+            (folder / name).write_text("".join(kept), encoding="utf-8")
     return folder, step
 
 

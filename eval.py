@@ -23,6 +23,7 @@ import html
 import io
 import json
 import math
+import os
 import random
 import re
 from collections import Counter
@@ -107,7 +108,7 @@ def question_of(benchmark, row):
     if benchmark == "spar":
         if row["task"] in SPAR_LOW or row["task"] == "view_change_infer":
             return None, str(row["answer"]).strip()
-        written = dict(re.findall(r"^\s*\(?([A-F])[.):]\s*(.*)$", row["question"], re.MULTILINE))
+        written = dict(re.findall(r"^[^\S\n]*\(?([A-F])[.):][^\S\n]*(.*)$", row["question"], re.MULTILINE))
         return [f"{letter}. {written.get(letter, '')}" for letter in written or "ABCD"], str(row["answer"]).strip()[:1]
     raise ValueError(f"benchmark {benchmark!r}: choose vsi, spbench, cvbench, spar or viewspatial")
 
@@ -136,10 +137,11 @@ def unpack(pictures, folder, name):
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number, picture in enumerate(pictures):
-        path = folder / f"{re.sub(r'[^A-Za-z0-9_-]', '_', str(name))}-{number}.img"
+        short = hashlib.sha256(str(name).encode()).hexdigest()[:8]  # "a/b" and "a_b" are two names
+        path = folder / f"{re.sub(r'[^A-Za-z0-9_-]', '_', str(name))}-{short}-{number}.img"
         if not path.is_file():
-            path.with_suffix(".new").write_bytes(picture["bytes"])
-            path.with_suffix(".new").rename(path)
+            path.with_suffix(f".{os.getpid()}").write_bytes(picture["bytes"])  # processes may write it at once
+            path.with_suffix(f".{os.getpid()}").rename(path)
         paths.append(str(path))
     return tuple(paths)
 
@@ -162,8 +164,9 @@ def read_spbench(root, settings, folder, part="SI"):
     root = root / "SPBench"
     for row in table_rows([root / f"SPBench-{part}.parquet"]):
         names = [row["images"]] if isinstance(row["images"], str) else list(row["images"])
-        images = tuple(str(next((p for p in (root / name, root / "images" / name, root / f"SPBench-{part}-images" / name)
-                                 if p.is_file()), root / name)) for name in names)  # fmt: skip
+        folders = (root, root / "images", root / f"SPBench-{part}-images")
+        places = [[place / name for place in folders] + [place / row["scene_name"] / name for place in folders] for name in names]
+        images = tuple(str(next((path for path in some if path.is_file()), some[0])) for some in places)
         yield row["id"], row["question_type"], row, images, "single_image" if part == "SI" else "multi_view", row["question"]
 
 
@@ -228,7 +231,7 @@ def read_items(name, settings, folder):
             options, answer = question_of(scored, row)
             asked = None if scored == "spar" else options  # SPAR's question names them already
             example = Example(f"{name}:{key}", images, data_type, kind, text.replace("<image>", "").strip(), asked, answer)
-            items.append(Item(scored, dict(row), example))
+            items.append(Item(scored, {key: value for key, value in row.items() if key != "image"}, example))
     if not items:
         raise SystemExit(f"{name}: no question is left ({missing} lack their pictures).")
     if settings.questions and settings.questions < len(items):
@@ -248,7 +251,9 @@ def read_stage0(data, settings, folder):
     for row, example in zip(rows, common.read_examples(data, "spatial")):
         picture = row["image"] if isinstance(row["image"], str) else row["image"][0]
         text = " ".join([example.question, *(example.options or [])])
-        found = boxes.get((picture, row["question"])) or [o for o in named.get(picture, []) if o["label"] in text]
+        found = boxes.get((picture, row["question"])) or [
+            o for o in named.get(picture, []) if re.search(rf"\b{re.escape(o['label'])}\b", text)
+        ]
         asked = {box["label"]: box["bbox_2d"] for box in found} if example.data_type == "single_image" else {}
         items.append(Item("stage0", row, example, asked))
     if settings.hint:
@@ -273,7 +278,8 @@ def draw_hint(item, hint, path):
         draw.rectangle([x1, y1, x2 - 1, y2 - 1], outline=colour, width=width)
         draw.text((x1 + width + 1, y1 + width), label, fill=colour)
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
+    image.save(new := path.with_suffix(f".{os.getpid()}.png"))  # processes may draw it at once
+    new.rename(path)
 
 
 def toy_items(data, kind, count, seed):
@@ -306,7 +312,8 @@ def score_prediction(benchmark, row, prediction, scorer="strict"):
     if options:
         return float(common.parse_choice(answer, options) == truth.upper())
     if benchmark == "spar" and row["task"] == "view_change_infer":
-        return view_change(motions(answer), motions(truth))
+        said = motions(answer)
+        return view_change(said, motions(truth)) if said else 0.0
     number, true = common.parse_number(answer), common.parse_number(truth)
     return float(common.mean_relative_accuracy([math.nan if number is None else number], [true])[0])
 
@@ -424,10 +431,15 @@ def columns(benchmark, rows, scores, how="official"):
     by_type = {kind: float(scores[[other == kind for other in kinds]].mean()) for kind in sorted(set(kinds))}
     if benchmark in ("vsi", "spbench"):
         tasks, levels = dict(by_type), [by_type[level] for level in DIRECTIONS if level in by_type]
-        if levels:
+        if how == "paper" and "object_rel_direction" not in tasks and len(levels) < 3:
+            # The published script takes the levels out one by one; the first that is missing makes the task 0.
+            for level in DIRECTIONS:
+                if tasks.pop(level, None) is None:
+                    break
+            tasks["object_rel_direction"] = 0.0
+        elif levels:
             tasks = {kind: score for kind, score in tasks.items() if kind not in DIRECTIONS}
-            whole = len(levels) == 3 or how == "official"
-            tasks["object_rel_direction"] = float(np.mean(levels)) if whole else 0.0
+            tasks["object_rel_direction"] = float(np.mean(levels))
         numeric = [score for kind, score in tasks.items() if kind in VSI_NUMBERS]
         choices = [score for kind, score in tasks.items() if kind not in VSI_NUMBERS]
         groups = {"NQ": numeric, "MCQ": choices, "avg": list(tasks.values())}
@@ -491,9 +503,11 @@ def open_predictions(folder, header, settings):
     stands in the first line of predictions.jsonl. Raises SystemExit if they were made otherwise."""
     path, done = folder / "predictions.jsonl", {}
     rank, size = common.world()
+    if size > 1:
+        torch.distributed.barrier()  # all have written all their answers
     parts = [path] + sorted(folder.glob("predictions.*.jsonl")) if settings.resume == "auto" else []
     for part in parts:
-        for line in part.read_text(encoding="utf-8").splitlines() if part.is_file() else []:
+        for line in part.read_bytes().split(b"\n") if part.is_file() else []:  # an answer may hold U+2028: no splitlines
             try:
                 row = json.loads(line)
             except ValueError:  # the line that was being written when the run was killed
@@ -539,7 +553,10 @@ def score_row(item, text):
         scores, legal = common.score_answers([text], [item.example])
         return {"score": float(scores[0]), "legal": bool(legal[0]), "format": form}
     options, answer = question_of(item.benchmark, item.row)[0], common.extract_answer(text)
-    legal = common.parse_choice(answer, options) if options else common.parse_number(answer)
+    if item.example.question_type == "view_change_infer":
+        legal = motions(answer) or None
+    else:
+        legal = common.parse_choice(answer, options) if options else common.parse_number(answer)
     try:
         paper = score_prediction(item.benchmark, item.row, text, "paper")
     except ZeroDivisionError:  # where the published scorer stops
@@ -592,10 +609,11 @@ def ask(backbone, items, name, mode, temperature, sample, settings, folder, done
 def collect(folder, header, settings, order):
     """Bring the processes' answers together: all rows in the order of `order` (keys), the same in every process."""
     done = open_predictions(folder, header, replace(settings, resume="auto"))
-    rows = [done[key] for key in order if key in done]
     if common.world()[0] == 0:
-        save_predictions(folder, header, rows)
-    return rows
+        asked = set(order)
+        others = [row for key, row in done.items() if key not in asked]  # of other benchmarks: they stay
+        save_predictions(folder, header, [done[key] for key in order] + others)
+    return [done[key] for key in order]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1028,7 +1046,8 @@ def write_report(path, sections, samples):
     which no "<" survives, and is shown as text only: it can never run."""
     body = "".join(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in sections)
     data = json.dumps(samples, ensure_ascii=True).replace("<", "\\u003c")
-    path.write_text(REPORT.replace("BODY", body, 1).replace("DATA", data, 1), encoding="utf-8")
+    head, middle, end = re.split("BODY|DATA", REPORT)
+    path.write_text(head + body + middle + data + end, encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1099,10 +1118,10 @@ def main_benchmarks(settings, folder):
              "vsi", "hint")  # fmt: skip
     header = {name: getattr(settings, name) for name in names} | {"prompts": common.INSTRUCTIONS, "decoding": "greedy"}
     header |= {"revision": fingerprint(settings.model), "processes": common.world()[1]}
-    done = open_predictions(folder, header, settings)
     load = settings.load if torch.cuda.is_available() or settings.load == "4bit" else "fp32"
     backbone = common.load_backbone(settings.model, load, settings.min_pixels, settings.max_pixels, common.device_name())
     backbone.frames = settings.frames
+    done = open_predictions(folder, header, settings)
     order = []
     for items in benchmarks.values():
         for sample in range(settings.samples + 1):  # number 0 is greedy

@@ -1109,6 +1109,16 @@ def scene_of(row):
     return row["image"][0].split("/")[0].removesuffix(".mp4")
 
 
+def spread_sample(kinds, count, seed):
+    """`count` places of the list `kinds`, one of every kind in turn as far as they reach, drawn by seed."""
+    places, turn = random.Random(seed).sample(range(len(kinds)), len(kinds)), Counter()
+    order = []
+    for place in places:
+        order.append((turn[kinds[place]], kinds[place], place))
+        turn[kinds[place]] += 1
+    return [place for _, _, place in sorted(order)[:count]]
+
+
 def write_rows(root, spatial, locate, traces, seed, detail=()):
     """Number the rows and write the JSONL files of a split. Spatial rows hold their `thought`, which becomes the cold start's
     solutions. detail: further files, {name: rows}. Returns counts for the manifest."""
@@ -1123,7 +1133,7 @@ def write_rows(root, spatial, locate, traces, seed, detail=()):
         return {"question_id": row["question_id"], "prompt": common.prompt_text(example, mode), "solution": solution,
                 "image": row["image"], "data_type": row["data_type"]}  # fmt: skip
 
-    chosen = random.Random(seed).sample(range(len(spatial)), min(traces, len(spatial)))
+    chosen = spread_sample([row["question_type"] for row in spatial], traces, seed)
     form = "<think> {} </think><answer>{}</answer>"
     parts = {"locate": locate, "spatial": spatial} | dict(detail)
     parts["coldstart"] = [solved(i, "think", form.format(thoughts[i], spatial[i]["answer"])) for i in chosen]
