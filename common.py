@@ -20,6 +20,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -946,6 +947,34 @@ def start_processes(settings):
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
+_signals = []  # received since the start: a first one asks to stop
+
+
+def stop_at_signals():
+    """Let Ctrl-C and SIGTERM finish the step that runs; a second one stops at once, which a checkpoint survives."""
+
+    def asked(number, frame):
+        if _signals:
+            os._exit(130)
+        _signals.append(number)
+        say("\nstopping when this step is done (once more: at once)")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, asked)
+
+
+def stop_asked():
+    """Whether any of the processes has been asked to stop; all of them learn it at the same step."""
+    return total([float(len(_signals))])[0] > 0
+
+
+def stop_here(folder, step):
+    """End the program after a step whose checkpoint is written, saying how to go on. Raises SystemExit(130)."""
+    say(f"stopped after step {step}; the same command goes on from {folder}/checkpoint")
+    end_processes()
+    raise SystemExit(130)
+
+
 def world():
     """(rank of this process, number of processes)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -1250,6 +1279,7 @@ def sft(backbone, packs, settings, folder, first_step, evaluate, panels, stop=la
         load_checkpoint(folder, backbone, optimizers)
     texts = list({text for pack in packs for pair in pack.pairs for text in pair})
     ids = dict(zip(texts, backbone.tokenizer(texts, add_special_tokens=False)["input_ids"]))  # at once: ten times faster
+    stop_at_signals()
     bar = tqdm(range(first_step, last), initial=first_step, total=last, desc=folder.name, disable=rank > 0)
     scores = {}
     for step in bar:
@@ -1273,10 +1303,12 @@ def sft(backbone, packs, settings, folder, first_step, evaluate, panels, stop=la
             row |= (scores := evaluate(backbone, step + 1))
         log(folder, row)
         bar.set_postfix({"loss": f"{row['loss']:.3f}"} | {k: f"{v:.2f}" for k, v in scores.items()})
-        ended = bool(scores) and stop(scores)
-        if (step + 1) % settings.save_every == 0 or step + 1 == last or ended:
+        ended, stopping = bool(scores) and stop(scores), stop_asked()
+        if (step + 1) % settings.save_every == 0 or step + 1 == last or ended or stopping:
             save_checkpoint(folder, step + 1, backbone, optimizers, settings)
             draw_curves(folder, panels)
+        if stopping and step + 1 < last and not ended:
+            stop_here(folder, step + 1)
         if ended:
             break
     bar.close()

@@ -67,7 +67,7 @@ class GRPOSettings(TrainSettings):
 PRESETS = {
     "toy": {
         "load": "fp32", "keep_features": True, "micro_scenes": 64, "lr": 2.5e-3, "lora_rank": 32, "lora_alpha": 32,
-        "steps": 95, "prompts": 12, "group": 8, "max_new_tokens": 112, "locate": 0.25, "beta": 0.03, "warmup": 0.05,
+        "steps": 90, "prompts": 12, "group": 8, "max_new_tokens": 112, "locate": 0.25, "beta": 0.03, "warmup": 0.05,
         "cold_lr": 3e-4, "cold_muon_lr": 0.003, "cold_tune": "full", "cold_optimizer": "muon", "cold_steps": 200,
         "cold_mix": 2.0, "cold_format": 0.3, "cold_eval_every": 10, "eval_every": 25, "save_every": 50,
     },
@@ -193,6 +193,7 @@ def grpo(backbone, prompts, settings, folder, first_step, evaluate):
     optimizers = common.make_optimizers(backbone.model, settings)
     if first_step:
         common.load_checkpoint(folder, backbone, optimizers)
+    common.stop_at_signals()
     bar = tqdm(range(first_step, last), initial=first_step, total=last, desc=folder.name, disable=rank > 0)
     scores = {}
     for step in bar:
@@ -269,12 +270,15 @@ def grpo(backbone, prompts, settings, folder, first_step, evaluate):
                                     "advantage": advantages.flatten()[i].item()}, "samples.jsonl")  # fmt: skip
         shown = {"reward": row["reward"], "dead": row["dead_groups"], "kl": row["kl"]} | scores
         bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
-        if (step + 1) % settings.save_every == 0 or step + 1 == last:
+        stopping = common.stop_asked()
+        if (step + 1) % settings.save_every == 0 or step + 1 == last or stopping:
             common.save_checkpoint(folder, step + 1, backbone, optimizers, settings)
             common.draw_curves(folder, {
                 "reward": ["reward", "format", "accuracy"], "groups": ["reward_std", "dead_groups", "cut"],
                 "held-out scores": ["think", "iou"], "policy": ["kl", "entropy"],
             })  # fmt: skip
+        if stopping and step + 1 < last:
+            common.stop_here(folder, step + 1)
     bar.close()
 
 

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
@@ -362,6 +364,28 @@ def test_four_steps_equal_two_and_a_resume_and_two(script, ladder, copied):
     timed = {"seconds", "rollout_seconds", "update_seconds"}
     for one, other in zip(*rows):
         assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_training_that_is_asked_to_stop_finishes_its_step_and_goes_on_later(number, copied):
+    folder = copied("stage1")
+    flags = [str(flag) for flag in (*TINY["stage1_localize"], "--eval_every", "10000", "--processes", "2")]
+    log = folder / "runs" / "toy" / "stage1" / "metrics.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "stage1_localize.py"), *flags, "--max_steps", "700"], cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    began = time.time()
+    while not (log.is_file() and log.read_text().count("\n") >= 2) and time.time() - began < 200:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on" in said and "Traceback" not in said
+    step = json.loads((log.parent / "checkpoint" / "state.json").read_text())["step"]
+    assert 2 <= step < 700 and [row["step"] for row in metrics(log.parent)] == list(range(1, step + 1))
+    assert not (log.parent / "model").exists()
+    assert f"going on from step {step}" in succeed(folder, "stage1_localize", *flags, "--max_steps", step + 1).stderr
+    assert [row["step"] for row in metrics(log.parent)] == list(range(1, step + 2))
 
 
 def test_two_processes_make_the_same_update_as_one(ladder, copied):
