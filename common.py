@@ -41,7 +41,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from PIL import Image
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import (
@@ -227,21 +228,44 @@ def picture_text(grids, merge, video):
 
 
 def load_image(path):
-    """Open a picture as RGB. Raises SystemExit naming the path if it cannot be read."""
+    """Open a picture as RGB, turned as its EXIF says. Raises SystemExit naming the path if it cannot be read, is larger than
+    PIL's limit against decompression bombs, or is a strip of which the processor would make nothing."""
     try:
+        picture_size(path)
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+            if image.mode.startswith("I"):  # 16 bits a pixel: convert() alone would clip them to white
+                image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise SystemExit(f"{path} cannot be read as a picture ({error}). Replace it or remove its rows.") from None
 
 
+def picture_size(path):
+    """(width, height) of a picture as load_image gives it, without decoding it. Raises ValueError for a size that is refused."""
+    with Image.open(path) as image:
+        width, height = image.size
+        if width * height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{width} x {height} pixels are too many")
+        if max(width, height) > 200 * min(width, height):
+            raise ValueError(f"{width} x {height} pixels are a strip, longer than 200 times its breadth")
+        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
+    return (height, width) if turned else (width, height)
+
+
 def read_video(path, frames):
-    """`frames` pictures at equal steps from an mp4, first and last included, in temporal order (through decord)."""
+    """`frames` pictures at equal steps from an mp4, first and last included, in temporal order (through decord).
+
+    Raises SystemExit naming the path if it is no video or has no frames.
+    """
     import decord  # here, because only mp4 files need it
 
-    reader = decord.VideoReader(str(path))
-    picks = np.linspace(0, len(reader) - 1, min(frames, len(reader))).round().astype(int)
-    return [Image.fromarray(frame) for frame in reader.get_batch(picks).asnumpy()]
+    try:
+        reader = decord.VideoReader(str(path))
+        picks = np.linspace(0, len(reader) - 1, min(frames, len(reader))).round().astype(int)
+        return [Image.fromarray(frame) for frame in reader.get_batch(picks).asnumpy()]
+    except (decord.DECORDError, RuntimeError, IndexError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1:] or ["no frames"]
+        raise SystemExit(f"{path} cannot be read as a video ({reason[0]}). Replace it or remove its rows.") from None
 
 
 def picture_patches(processor, images, video=False):
@@ -289,8 +313,10 @@ def scale_box(box, source, target):
 
 def boxes_for_model(processor, example):
     """The boxes of a locate example in pixels of the RESIZED picture, which is what Qwen2.5-VL is trained on."""
-    with Image.open(example.images[0]) as image:
-        source = image.size
+    try:
+        source = picture_size(example.images[0])
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SystemExit(f"{example.images[0]} cannot be read as a picture ({error}). Replace it or remove its rows.") from None
     target = resized_size(processor, *source)
     return [box | {"bbox_2d": scale_box(box["bbox_2d"], source, target)} for box in example.answer]
 
@@ -1018,7 +1044,8 @@ def make_optimizers(model, settings):
 
 
 def optimizer_step(model, optimizers, settings, step, steps):
-    """Sum gradients over the processes, clip, set the scheduled rate, step, clear. Returns the gradient's norm.
+    """Sum gradients over the processes, clip, set the scheduled rate, step, clear. Returns the gradient's norm; with a norm
+    that is not finite nothing is learnt from this step, in any process.
 
     The rate rises linearly over the first `warmup` share of `steps`, then falls as a cosine to zero.
     """
@@ -1034,9 +1061,27 @@ def optimizer_step(model, optimizers, settings, step, steps):
     for optimizer, rate in zip(optimizers[::-1], (settings.lr, settings.muon_lr)):  # AdamW is always the last
         for group in optimizer.param_groups:
             group["lr"] = rate * factor
-        optimizer.step()
+        if math.isfinite(norm):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+MOST_SKIPPED = 5  # steps in a row whose gradient is not finite: then the run ends
+
+
+def check_norm(norm, streak, step, ids):
+    """How many steps in a row have had a gradient that is not finite, this one included; 0 if it is finite. `ids`: the
+    examples of this process's step. Raises SystemExit, saying what to try, after MOST_SKIPPED of them."""
+    if math.isfinite(norm):
+        return 0
+    say(f"step {step}: the gradient is not finite; nothing is learnt from {', '.join(sorted(set(ids)))}")
+    if streak + 1 == MOST_SKIPPED:
+        raise SystemExit(
+            f"{MOST_SKIPPED} steps in a row without a finite gradient, the last one {step}. Lower --lr (and --muon_lr), or "
+            "--load fp32; if it is always the same examples, look at them. The last checkpoint is whole."
+        )
+    return streak + 1
 
 
 def start_run(settings):
@@ -1071,9 +1116,16 @@ def start_run(settings):
         for name in ("metrics.jsonl", "samples.jsonl"):  # drop what was logged after the checkpoint
             # Not splitlines: a sample may hold a line separator of its own (U+2028).
             lines = (folder / name).read_text(encoding="utf-8").split("\n") if step and (folder / name).is_file() else []
-            kept = [line + "\n" for line in lines if line and json.loads(line)["step"] <= step]
-            (folder / name).write_text("".join(kept), encoding="utf-8")
+            (folder / name).write_text("".join(line + "\n" for line in lines if logged_by(line, step)), encoding="utf-8")
     return folder, step
+
+
+def logged_by(line, step):
+    """Whether a line of a log is whole and was written at or before `step`. (A killed run may leave half a line.)"""
+    try:
+        return json.loads(line)["step"] <= step
+    except ValueError:
+        return False
 
 
 def save_checkpoint(folder, step, backbone, optimizers, settings):
@@ -1084,9 +1136,17 @@ def save_checkpoint(folder, step, backbone, optimizers, settings):
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         weights = {name: p.detach().contiguous() for name, p in backbone.model.named_parameters() if p.requires_grad}
-        save_file(weights, new / "weights.safetensors")
-        torch.save([optimizer.state_dict() for optimizer in optimizers], new / "optimizers.pt")
-        (new / "state.json").write_text(json.dumps({"step": step, "config": asdict(settings)}))
+        try:
+            save_file(weights, new / "weights.safetensors")
+            torch.save([optimizer.state_dict() for optimizer in optimizers], new / "optimizers.pt")
+            (new / "state.json").write_text(json.dumps({"step": step, "config": asdict(settings)}))
+        except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own word for a full disk
+            shutil.rmtree(new, ignore_errors=True)
+            needed = 3 * sum(weight.numel() * weight.element_size() for weight in weights.values())
+            raise SystemExit(
+                f"{new} cannot be written ({error}); it needs about {needed:,} bytes. "
+                + (f"{now} is whole: make room, and the same command goes on from it." if now.is_dir() else "Make room.")
+            ) from None
         shutil.rmtree(old, ignore_errors=True)
         if now.exists():
             now.rename(old)
@@ -1114,8 +1174,12 @@ def seed_step(settings, step):
 def log(folder, row, name="metrics.jsonl"):
     """Append one JSON line to a file of the run (first process only)."""
     if world()[0] == 0:
-        with (Path(folder) / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}  # JSON has no NaN
+        try:
+            with (Path(folder) / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(finite, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise SystemExit(f"{Path(folder) / name} cannot be written ({error}). The last checkpoint is whole.") from None
 
 
 def log_samples(folder, step, examples, texts, count=4):
@@ -1135,12 +1199,12 @@ def draw_curves(folder, panels):
     import matplotlib.pyplot as plt
 
     rows = read_jsonl(Path(folder) / "metrics.jsonl")
-    panels = {title: [k for k in keys if any(k in row for row in rows)] for title, keys in panels.items()}
+    panels = {title: [k for k in keys if any(row.get(k) is not None for row in rows)] for title, keys in panels.items()}
     panels = {title: keys for title, keys in panels.items() if keys}
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
     for axis, (title, keys) in zip(axes[0], panels.items()):
         for key in keys:
-            points = [(row["step"], row[key]) for row in rows if key in row]
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
             axis.plot(*zip(*points), label=key, marker="." if len(points) < 30 else None)
         axis.set(title=title, xlabel="step")
         axis.legend(fontsize=7)
@@ -1281,7 +1345,7 @@ def sft(backbone, packs, settings, folder, first_step, evaluate, panels, stop=la
     ids = dict(zip(texts, backbone.tokenizer(texts, add_special_tokens=False)["input_ids"]))  # at once: ten times faster
     stop_at_signals()
     bar = tqdm(range(first_step, last), initial=first_step, total=last, desc=folder.name, disable=rank > 0)
-    scores = {}
+    scores, skipped = {}, 0
     for step in bar:
         began = time.time()
         seed_step(settings, step)
@@ -1298,6 +1362,7 @@ def sft(backbone, packs, settings, folder, first_step, evaluate, panels, stop=la
             part_loss.backward()
             loss += part_loss.item()
         norm = optimizer_step(model, optimizers, settings, step, steps)
+        skipped = check_norm(norm, skipped, step + 1, [example.id for pack in mine for example in pack.scene.examples])
         row = {"step": step + 1, "loss": total([loss])[0], "grad_norm": norm, "tokens": count, "seconds": time.time() - began}
         if (step + 1) % settings.eval_every == 0 or step + 1 == last:
             row |= (scores := evaluate(backbone, step + 1))
