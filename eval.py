@@ -54,7 +54,7 @@ class EvalSettings(Settings):
     mode: str = setting("think", "how a benchmark is asked: think or direct")
     questions: int = setting(0, "questions asked, drawn by seed; 0: 600 of the toy's, all of a benchmark's")
     boxes: int = setting(160, "toy: held-out localisation questions (0: all)")
-    max_new_tokens: int = setting(0, "longest completion; 0: 112 for the toy, 1,024 thinking, 128 direct")
+    max_new_tokens: int = setting(0, "longest completion; 0: 1,024 thinking and 128 direct (the toy: 112 and 16)")
     batch: int = setting(256, "questions answered at once: less needs less memory")
     load: str = setting("bf16", "benchmarks: weights in memory, fp32, bf16 or 4bit")
     frames: int = setting(32, "benchmarks: frames of a video, at equal steps (the paper: 32)")
@@ -574,7 +574,8 @@ def ask(backbone, items, name, mode, temperature, sample, settings, folder, done
     by_id = {item.example.id: item for item in items}
     scenes = common.group_scenes([item.example for item in items])
     scenes.sort(key=lambda scene: (scene.data_type, len(scene.images)))  # alike in length: little is padded
-    tokens = settings.max_new_tokens or (112 if items[0].benchmark == "toy" else 1024 if mode == "think" else 128)
+    limits = {"direct": 16, "think": 112, "locate": 112} if items[0].benchmark == "toy" else {"direct": 128, "think": 1024}
+    tokens = settings.max_new_tokens or limits[mode]
     label = f"{name} {mode}" + (f" sample {sample or 1}" if temperature else "")
     bar = tqdm(total=len(items), desc=label, disable=rank > 0)
 
