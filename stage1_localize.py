@@ -34,7 +34,7 @@ PRESETS = {
     # The toy's language model starts from nothing, so all of it is trained, with Muon: AdamW needs three times as long.
     "toy": {
         "load": "fp32", "tune": "full", "keep_features": True, "optimizer": "muon", "lr": 1e-3, "muon_lr": 0.013,
-        "steps": 640, "scenes": 32, "branches": 4, "micro_scenes": 64, "warmup": 0.05, "eval_every": 100, "save_every": 320,
+        "steps": 690, "scenes": 32, "branches": 4, "micro_scenes": 64, "warmup": 0.05, "eval_every": 100, "save_every": 345,
     },
     # The paper: one epoch, 16 rows a step, 1e-5 for full tuning, pictures of 16 to 128 tokens.
     "3b": {

@@ -40,7 +40,7 @@ PRESETS = {
     # Half of stage 1's rate: a switch of task at the full rate forgets the boxes.
     "toy": {
         "load": "fp32", "tune": "full", "keep_features": True, "optimizer": "muon", "lr": 7e-4, "muon_lr": 0.009,
-        "steps": 560, "scenes": 16, "branches": 4, "micro_scenes": 64, "warmup": 0.05, "eval_every": 200, "save_every": 280,
+        "steps": 580, "scenes": 16, "branches": 4, "micro_scenes": 64, "warmup": 0.05, "eval_every": 150, "save_every": 290,
         "direct": 0.4, "worked": 1.0, "replay": 1.0,
     },
     # The paper: one epoch, 16 rows a step, 1e-5 for full tuning.

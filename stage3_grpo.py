@@ -67,9 +67,9 @@ class GRPOSettings(TrainSettings):
 PRESETS = {
     "toy": {
         "load": "fp32", "keep_features": True, "micro_scenes": 64, "lr": 2.5e-3, "lora_rank": 32, "lora_alpha": 32,
-        "steps": 75, "mu": 2, "prompts": 12, "group": 8, "max_new_tokens": 112, "locate": 0.25, "beta": 0.03, "warmup": 0.05,
+        "steps": 80, "mu": 2, "prompts": 12, "group": 8, "max_new_tokens": 112, "locate": 0.25, "beta": 0.03, "warmup": 0.05,
         "cold_lr": 3e-4, "cold_muon_lr": 0.003, "cold_tune": "full", "cold_optimizer": "muon", "cold_steps": 200,
-        "cold_mix": 2.0, "cold_format": 0.25, "cold_eval_every": 10, "eval_every": 25, "save_every": 50,
+        "cold_mix": 2.0, "cold_format": 0.3, "cold_eval_every": 10, "eval_every": 25, "save_every": 50,
     },
     # The paper: G = 4 in its script, beta .01, 1,024 new tokens, temperature 1, one epoch.
     "3b": {
@@ -302,7 +302,7 @@ def cold_start(settings):
     backbone = common.load_backbone(cold.model, cold.load, cold.min_pixels, cold.max_pixels, common.device_name())
     packs = cold_packs(cold, backbone.processor)
     # Measured on training scenes: the held-out ones must not decide when to stop.
-    probe = common.batch_at(common.load_scenes(cold.data, ["spatial"], backbone.processor), 0, 32, 1)
+    probe = common.batch_at(common.load_scenes(cold.data, ["spatial"], backbone.processor), 0, 64, 1)
     common.adapt(backbone, cold)
 
     def evaluate(backbone, step):
