@@ -12,9 +12,9 @@ meta     object boxes without pictures (VSI-Bench's meta information): the quest
     python stage0_data.py --source scannet --scannet <folder with scans/ and the label table> --out data/mine
 
 You get {spld_grounding_data,spld_spatial_data,spld_coldstart_data}.jsonl with images/, manifest.json (seed, counts, every
-threshold, what was skipped and why) and gallery.html to look at. The toy also gets the same under data/toy/heldout from
-other rooms, and runs/toy/base/model: a tiny Qwen2.5-VL with random weights whose vision tower has learnt to see coloured
-solids, as Qwen's own has learnt to see ours, and whose language model knows nothing yet.
+threshold, what was skipped and why) and gallery.html to look at (the toy: gallery.png). The toy also gets the same under
+data/toy/heldout from other rooms, and runs/toy/base/model: a tiny Qwen2.5-VL with random weights whose vision tower has
+learnt to see coloured solids, as Qwen's own has learnt to see ours, and whose language model knows nothing yet.
 
 In reading order: 1 settings and rules, 2 the toy world, 3 reading scenes, 4 geometry, 5 questions (add yours here),
 6 rows and files, 7 the gallery, 8 the toy's base, 9 main.
@@ -1394,7 +1394,7 @@ def write_gallery(rows, room_of, path):
         numbers = [int(Path(name).stem) for name in row["image"] if name.endswith(".jpg")]
         frames = [next(f for f in room.frames if f.number == number) for number in numbers]
         asked = {o.number: o.label for o in room.objects if o.number in row["asked"]}
-        pictures = [picture_svg(f, look(room, f)[0], asked, 480 if len(frames) == 1 else 118) for f in frames]
+        pictures = [picture_svg(f, look(room, f)[0], asked, 480 if len(frames) == 1 else 116) for f in frames]
         title = f"{row['question_type']}, {row['data_type'].replace('_', ' ')}"
         if title != heading:
             body.append(f"<h2>{html.escape(title)}</h2>")
