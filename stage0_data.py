@@ -8,7 +8,7 @@ toy      rooms with coloured solids, rendered by a pinhole camera, WRITTEN in Sc
 scannet  scenes of ScanNet with exported frames: seven question types over one picture, several views and video
 meta     object boxes without pictures (VSI-Bench's meta information): the questions that need geometry only
 
-    python stage0_data.py            # toy: data/toy and runs/toy/base, about two minutes on two cores
+    python stage0_data.py            # toy: data/toy and runs/toy/base, about two and a half minutes on two cores
     python stage0_data.py --source scannet --scannet <folder with scans/ and the label table> --out data/mine
 
 You get {spld_grounding_data,spld_spatial_data,spld_coldstart_data}.jsonl with images/, manifest.json (seed, counts, every

@@ -6,11 +6,11 @@ loss is on the answer only. What we do differently from the reference:
 2. all questions about the same pictures are branches of one prefix: about nine a video, paid for once;
 3. localisation rows of stage 1 may be replayed (--replay), for a model that would forget its boxes: a small one does;
 4. THE TOY MIXES IN WORKED ANSWERS: boxes, then the comparison, then the answer. From direct answers alone a model this
-   small learns relations no better than a guess; and from worked ones it does. The paper's data has none, --worked 0
+   small learns relations hardly better than a guess; and from worked ones it does. The paper's data has none, --worked 0
    leaves them out, and they are asked for in other words (INSTRUCTIONS in common.py), so that direct answers stay what
    they are.
 
-    python stage2_understand.py               # toy: about three and a half minutes on two cores
+    python stage2_understand.py               # toy: about five minutes on two cores
     python stage2_understand.py --preset 3b --data data/SpatialLadder-26k
 
 Writes runs/<preset>/stage2: metrics.jsonl, samples.jsonl, curves.png, checkpoint/, model/ (and adapter/).

@@ -11,7 +11,7 @@ moves toward what did better than its siblings. Everything is written out below.
    that looked right and answered nothing (--legal_format false is the paper);
 4. localisation prompts may be mixed in, rewarded by IoU, so that a small model does not forget its boxes;
 5. the cold start stops on a MEASURED format rate of sampled completions (--cold_format). It is a cliff: on the toy the
-   rate went from .05 to .51 in thirty steps; and from a model that knows the format by heart GRPO has less to find.
+   rate went from .05 to .41 in thirty steps; and from a model that knows the format by heart GRPO has less to find.
 
     python stage3_grpo.py                     # toy: about four minutes on two cores
     python stage3_grpo.py --preset 3b --data data/SpatialLadder-26k
