@@ -979,8 +979,10 @@ _signals = []  # received since the start: a first one asks to stop
 def stop_at_signals():
     """Let Ctrl-C and SIGTERM finish the step that runs; a second one stops at once, which a checkpoint survives."""
 
+    process = os.getpid()
+
     def asked(number, frame):
-        if _signals:
+        if _signals or os.getpid() != process:  # a forked worker has no step to finish
             os._exit(130)
         _signals.append(number)
         say("\nstopping when this step is done (once more: at once)")
