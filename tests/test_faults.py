@@ -279,3 +279,16 @@ def test_check_norm_counts_steps_in_a_row():
     for norm, wanted in ((math.nan, 1), (1.0, 0), (math.inf, 1), (math.nan, 2)):
         streak = common.check_norm(norm, streak, 1, ["a"])
         assert streak == wanted
+
+
+def test_forked_workers_end_although_signals_are_held_back():
+    """A pool ends its workers with SIGTERM: they must not wait for a step."""
+    code = """
+import multiprocessing, sys
+sys.path.insert(0, sys.argv[1])
+import common
+common.stop_at_signals()
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert pool.map(len, [[1], []]) == [1, 0]
+"""
+    assert subprocess.run([sys.executable, "-c", code, str(ROOT)], timeout=60).returncode == 0
