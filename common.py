@@ -976,19 +976,23 @@ def start_processes(settings):
 _signals = []  # received since the start: a first one asks to stop
 
 
+@contextlib.contextmanager
 def stop_at_signals():
-    """Let Ctrl-C and SIGTERM finish the step that runs; a second one stops at once, which a checkpoint survives."""
-
-    process = os.getpid()
+    """While it holds, Ctrl-C and SIGTERM let the step that runs finish; a second one stops at once, which a checkpoint
+    survives. Used as a decorator of the training loops."""
 
     def asked(number, frame):
-        if _signals or os.getpid() != process:  # a forked worker has no step to finish
+        if _signals:
             os._exit(130)
         _signals.append(number)
         say("\nstopping when this step is done (once more: at once)")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, asked)
+    before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def stop_asked():
@@ -1329,6 +1333,7 @@ def _order(count, seed, epoch):
     return random.Random(f"{seed} {epoch}").sample(range(count), count)
 
 
+@stop_at_signals()
 def sft(backbone, packs, settings, folder, first_step, evaluate, panels, stop=lambda scores: False):
     """Supervised fine-tuning: the loss is the mean negative log-probability of the completions' tokens, and nothing else.
 
@@ -1345,7 +1350,6 @@ def sft(backbone, packs, settings, folder, first_step, evaluate, panels, stop=la
         load_checkpoint(folder, backbone, optimizers)
     texts = list({text for pack in packs for pair in pack.pairs for text in pair})
     ids = dict(zip(texts, backbone.tokenizer(texts, add_special_tokens=False)["input_ids"]))  # at once: ten times faster
-    stop_at_signals()
     bar = tqdm(range(first_step, last), initial=first_step, total=last, desc=folder.name, disable=rank > 0)
     scores, skipped = {}, 0
     for step in bar:

@@ -181,6 +181,7 @@ def rollout(backbone, prompts, settings):
     return prefixes, common.branch_generate(backbone, prefixes, empty, settings.max_new_tokens, settings.temperature)
 
 
+@common.stop_at_signals()
 def grpo(backbone, prompts, settings, folder, first_step, evaluate):
     """The loop: rollout, rewards, advantages, update. prompts: [(Scene, Example)] of the training data."""
     rank, size = common.world()
@@ -193,7 +194,6 @@ def grpo(backbone, prompts, settings, folder, first_step, evaluate):
     optimizers = common.make_optimizers(backbone.model, settings)
     if first_step:
         common.load_checkpoint(folder, backbone, optimizers)
-    common.stop_at_signals()
     bar = tqdm(range(first_step, last), initial=first_step, total=last, desc=folder.name, disable=rank > 0)
     scores, skipped = {}, 0
     for step in bar:

@@ -281,14 +281,18 @@ def test_check_norm_counts_steps_in_a_row():
         assert streak == wanted
 
 
-def test_forked_workers_end_although_signals_are_held_back():
-    """A pool ends its workers with SIGTERM: they must not wait for a step."""
-    code = """
-import multiprocessing, sys
-sys.path.insert(0, sys.argv[1])
-import common
-common.stop_at_signals()
-with multiprocessing.get_context("fork").Pool(2) as pool:
-    assert pool.map(len, [[1], []]) == [1, 0]
-"""
-    assert subprocess.run([sys.executable, "-c", code, str(ROOT)], timeout=60).returncode == 0
+def test_signals_mean_after_a_training_what_they_meant_before(training):
+    """A pool of workers ends them with SIGTERM: a handler that waits for a step would hang it."""
+    backbone, packs, settings, folder = training
+    settings.max_steps = 1
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    during = []
+
+    def evaluate(*_):
+        during.extend(signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM))
+        return {}
+
+    settings.eval_every = 1
+    common.sft(backbone, packs, settings, folder, 0, evaluate, {"loss": ["loss"]})
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert len(during) == 2 and not set(during) & set(before)
