@@ -2,7 +2,8 @@
 
 Without flags: every rung of the toy's ladder on held-out rooms. Boxes, direct answers, and answers after thinking where a
 model has been taught to think, greedy and sampled. With --benchmarks: any checkpoint on the paper's six benchmarks (arXiv
-2510.08531, section 5), from files as they are downloaded from the hub, and on data of stage 0. The network is never used.
+2510.08531, section 5), from files as they are downloaded from the hub, and on data of stage 0. Only a --model that is a hub
+id uses the network.
 
     python eval.py          # base, stage 1, stage 2, cold start, stage 3; about a minute on two cores
     python eval.py --model runs/3b/stage3/model --benchmarks vsi spbench-si spbench-mv cvbench spar viewspatial --data <root>
