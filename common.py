@@ -16,6 +16,7 @@ import contextlib
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -25,6 +26,7 @@ import socket
 import subprocess
 import sys
 import time
+import unicodedata
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -297,11 +299,11 @@ def resized_size(processor, width, height):
 
 def valid_box(box):
     """Whether `box` is [x1, y1, x2, y2], finite, not reversed."""
-    if not isinstance(box, (list, tuple)) or len(box) != 4:
+    try:
+        x1, y1, x2, y2 = box
+        return -1e9 < x1 < x2 < 1e9 and -1e9 < y1 < y2 < 1e9  # false for nan and inf, too
+    except (TypeError, ValueError):
         return False
-    if not all(isinstance(x, (int, float)) and abs(x) < 1e9 for x in box):  # refuses nan and inf, too
-        return False
-    return box[0] < box[2] and box[1] < box[3]
 
 
 def scale_box(box, source, target):
@@ -719,8 +721,9 @@ THRESHOLDS = np.linspace(0.5, 0.95, 10)  # (T,) of mean relative accuracy
 
 def extract_answer(text):
     """The text of the LAST <answer> block; without one, the whole text. Stripped."""
-    found = ANSWER.findall(text or "")
-    return (found[-1] if found else text or "").strip()
+    text = text or ""
+    start = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))  # of the last one that is closed
+    return (text[start + len("<answer>") : text.index("</answer>", start)] if start >= 0 else text).strip()
 
 
 def parse_choice(text, options):
@@ -805,6 +808,7 @@ def score_answers(texts, examples):
     Returns scores (N,) float64 and legal (N,) bool: whether the answer is one of the options, a number, or boxes.
     """
     scores, legal = np.zeros(len(texts)), np.zeros(len(texts), bool)
+    choice, number = lru_cache(None)(parse_choice), lru_cache(None)(parse_number)  # short answers repeat: parse each once
     numbers, boxes = [], []  # (row, prediction, truth) to be scored together
     for row, (text, example) in enumerate(zip(texts, examples)):
         answer = extract_answer(text)
@@ -815,12 +819,12 @@ def score_answers(texts, examples):
             for p, wanted in zip(match_boxes(predicted, example.answer), example.answer):
                 boxes.append((row, p, wanted["bbox_2d"], extra))
         elif example.options:
-            letter = parse_choice(answer, example.options)
+            letter = choice(answer, tuple(example.options))
             scores[row], legal[row] = letter == example.answer, letter is not None
         else:
-            value = parse_number(answer)
+            value = number(answer)
             legal[row] = value is not None
-            numbers.append((row, math.nan if value is None else value, parse_number(example.answer)))
+            numbers.append((row, math.nan if value is None else value, number(str(example.answer))))
     if numbers:
         rows, predictions, truths = zip(*numbers)
         scores[list(rows)] = mean_relative_accuracy(predictions, truths)
@@ -951,6 +955,9 @@ def device_name():
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
+_started = []  # by start_processes
+
+
 def start_processes(settings):
     """Join the processes that share this run's work, and start them where torchrun has not.
 
@@ -963,8 +970,11 @@ def start_processes(settings):
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(settings.processes), "RANK": "0"}
-        for rank in range(1, settings.processes):
-            subprocess.Popen([sys.executable, *sys.argv], env=os.environ | {"RANK": str(rank)}, stdout=subprocess.DEVNULL)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: one that still imports cannot be stopped well,
+        for rank in range(1, settings.processes):  # and its parent would wait for it for ever
+            more = os.environ | {"RANK": str(rank)}
+            _started.append(subprocess.Popen([sys.executable, *sys.argv], env=more, stdout=subprocess.DEVNULL))
+        signal.signal(signal.SIGINT, before)
     if "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(device_name())
@@ -1005,6 +1015,65 @@ def stop_here(folder, step):
     say(f"stopped after step {step}; the same command goes on from {folder}/checkpoint")
     end_processes()
     raise SystemExit(130)
+
+
+@contextlib.contextmanager
+def stop_at_once(settings):
+    """For stage 0 and eval.py, which keep each piece of their work as soon as it is done. While it holds, Ctrl-C, SIGTERM and a
+    disk that fails end the program and all that it has started, with one line about what to do."""
+    mine = os.getpid()
+    again = "the same command goes on" + (" when --resume never is left out" if settings.resume == "never" else "")
+
+    def end_others():
+        for process in (*multiprocessing.active_children(), *_started):
+            process.kill()
+
+    def stopped(number, frame):
+        if os.getpid() == mine:  # a forked worker ends without a word
+            end_others()
+            if os.environ.get("RANK", "0") == "0":
+                os.write(2, f"\nstopped; {again}\n".encode())  # print may be busy just now
+        os._exit(130)
+
+    before = {number: signal.signal(number, stopped) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with naming(settings.out):
+            yield
+    except OSError as error:
+        end_others()
+        raise SystemExit(
+            f"{error.filename} cannot be read or written ({error.strerror}). What is done is kept: mend that, and {again}."
+        ) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Let an error of the disk name `path` where it names no file: that of a full disk does not."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(None, str(error), str(path)) from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), error.filename or str(path)) from None
+
+
+def write_whole(path, text):
+    """Write a text file: first under another name, then renamed, so that what stands under `path` is whole at any moment."""
+    new = path.with_name(f"{path.name}.new")
+    with naming(path):
+        new.write_text(text, encoding="utf-8")
+        new.rename(path)
+
+
+def visible(text, most=4000):
+    """Text from outside, fit for a page: at most so many letters, and those that are not seen but steer the text (controls,
+    marks of direction, line separators) as their numbers."""
+    text = text[:most] + " ... (cut)" if len(text) > most else text
+    unseen = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(f"\\u{ord(x):04x}" if unicodedata.category(x) in unseen and x not in "\n\t" else x for x in text)
 
 
 def world():

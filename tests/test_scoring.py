@@ -1,6 +1,8 @@
 """Text -> answer -> score, against cases written by hand and loops as plain as the formulas."""
 
 import math
+import random
+import re
 
 import numpy as np
 import pytest
@@ -42,6 +44,15 @@ def think(answer):
 )
 def test_extract_answer(text, answer):
     assert common.extract_answer(text) == answer
+
+
+def test_extract_answer_is_the_last_block_that_the_definition_finds():
+    block = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+    rng = random.Random(0)
+    for _ in range(5000):
+        text = "".join(rng.choices(["<answer>", "</answer>", "a", " ", "\n", "<think>"], k=rng.randint(0, 9)))
+        found = block.findall(text)
+        assert common.extract_answer(text) == (found[-1] if found else text).strip(), text
 
 
 @pytest.mark.parametrize(
