@@ -30,7 +30,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +38,7 @@ from types import SimpleNamespace
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # before its import: it warns of kernels that nobody needs
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -49,6 +50,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import (
     AttentionInterface,
+    AutoConfig,
     AutoTokenizer,
     BitsAndBytesConfig,
     DynamicCache,
@@ -66,6 +68,7 @@ transformers.utils.logging.disable_progress_bar()  # of loading and saving; ours
 # 1. Examples
 # ------------------------------------------------------------------------------------------------
 
+DATA_TYPES = ("single_image", "multi_view", "video")
 CHOICE_TYPES = ("relative direction", "relative distance", "appearance order", "perspective taking", "view change")
 NUMERIC_TYPES = ("absolute distance", "object size", "object count", "room size")
 FILES = {
@@ -103,21 +106,21 @@ class Scene:
 def read_jsonl(path):
     """Read a JSON-lines file into a list of dicts.
 
-    Raises SystemExit naming the file (missing or empty) or the line (broken JSON, not an object).
+    Raises SystemExit naming the file (missing or empty) or the line (not UTF-8, broken JSON, not an object).
     """
     path, rows = Path(path), []
     if not path.is_file():
         raise SystemExit(f"{path} is missing. Make it with stage0_data.py, or point --data at the folder that has it.")
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise SystemExit(f"{path} line {number} is not JSON ({error}). Mend or delete that line.") from None
+                row = json.loads(line)  # of bytes: it skips a byte order mark
+            except (ValueError, RecursionError) as error:
+                raise SystemExit(f"{path} line {number} is not JSON in UTF-8 ({error}). Mend or delete that line.") from None
             if not isinstance(row, dict):
-                raise SystemExit(f"{path} line {number} is not an object but {line[:40]!r}.")
+                raise SystemExit(f"{path} line {number} is not an object but {json.dumps(row)[:40]}.")
             rows.append(row)
     if not rows:
         raise SystemExit(f"{path} has no rows.")
@@ -128,23 +131,29 @@ def read_examples(data, kind):
     """Read one file of the released schema: kind is "locate", "spatial", "coldstart" or "worked".
 
     Strips `<image>` from questions, sorts video frames by their number (the released files hold them in string
-    order), and checks that every field is there and every picture exists inside `data/images`.
+    order), and checks that every field is there and every picture exists inside `data/images` (also where links lead).
     Raises SystemExit naming file, line and what is wrong.
     """
     data = Path(data)
     path, root, examples, paths = data / FILES[kind], (data / "images").resolve(), [], {}
-    text_fields = {"locate": ("question",), "spatial": ("question", "question_type", "answer")}.get(kind, ("prompt", "solution"))
+    text_fields = {"locate": ("question",), "spatial": ("question", "question_type")}.get(kind, ("prompt", "solution"))
     for number, row in enumerate(read_jsonl(path), 1):
         where = f"{path} row {number} (question_id {row.get('question_id')})"
-        for name in (*text_fields, "image", "data_type"):
-            if not row.get(name):
+        for name in (*text_fields, "data_type", "image", *["answer"] * (kind == "spatial")):
+            if row.get(name) in (None, "", []):
                 raise SystemExit(f"{where}: field {name!r} is missing or empty.")
-        names = [row["image"]] if isinstance(row["image"], str) else list(row["image"])
+            if name not in ("image", "answer") and not isinstance(row[name], str):
+                raise SystemExit(f"{where}: field {name!r} is not text but {row[name]!r}.")
+        if row["data_type"] not in DATA_TYPES:
+            raise SystemExit(f"{where}: unknown data_type {row['data_type']!r}; known: {', '.join(DATA_TYPES)}.")
+        names = [row["image"]] if isinstance(row["image"], str) else row["image"]
+        if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+            raise SystemExit(f"{where}: image {names!r} is not a list of file names.")
         if row["data_type"] == "video":
-            names.sort(key=lambda name: int(re.sub(r"\D", "", Path(name).stem) or 0))
+            names = sorted(names, key=lambda name: int(re.sub(r"\D", "", Path(name).stem) or 0))
         for name in names:
             if name not in paths:
-                paths[name] = str((root / name).resolve())
+                paths[name] = os.path.realpath(root / name)
                 if not paths[name].startswith(str(root) + os.sep):
                     raise SystemExit(f"{where}: picture {name!r} lies outside {root}.")
                 if not os.path.isfile(paths[name]):
@@ -163,11 +172,16 @@ def read_examples(data, kind):
 
 def check_answer(example, where):
     """Raise SystemExit (starting with `where`) if the answer of `example` cannot be scored."""
-    kind, answer = example.question_type, example.answer
+    kind, answer, options = example.question_type, example.answer, example.options
     if kind in CHOICE_TYPES:
-        if not example.options or answer not in [option[:1] for option in example.options]:
-            raise SystemExit(f"{where}: answer {answer!r} is not the letter of one of the options {example.options}.")
+        good = isinstance(options, list) and all(isinstance(o, str) and re.match(r"[A-Z]\b", o) for o in options)
+        if not good or len({option[0] for option in options}) < len(options):
+            raise SystemExit(f'{where}: answer {answer!r} needs options like ["A. left", "B. right"], not {options!r}.')
+        if answer not in [option[0] for option in options]:
+            raise SystemExit(f"{where}: answer {answer!r} is not the letter of one of the options {options}.")
     elif kind in NUMERIC_TYPES:
+        if options:
+            raise SystemExit(f"{where}: a numeric question ({kind}) has options {options!r}; its answer would never be right.")
         if parse_number(answer) is None:
             raise SystemExit(f"{where}: answer {answer!r} of a numeric question is not a number.")
     elif kind == "locate":
@@ -199,6 +213,7 @@ INSTRUCTIONS = {
     "work": "First locate the objects, then answer inside <answer> </answer>.",
     "think": "First think inside <think> </think>, then answer inside <answer> </answer>.",
 }
+PREFIX_START = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
 BRANCH_END = "<|im_end|>\n<|im_start|>assistant\n"  # closes the question and opens the answer
 STOP = "<|im_end|>"
 
@@ -265,7 +280,7 @@ def read_video(path, frames):
         reader = decord.VideoReader(str(path))
         picks = np.linspace(0, len(reader) - 1, min(frames, len(reader))).round().astype(int)
         return [Image.fromarray(frame) for frame in reader.get_batch(picks).asnumpy()]
-    except (decord.DECORDError, RuntimeError, IndexError, ValueError) as error:
+    except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, IndexError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1:] or ["no frames"]
         raise SystemExit(f"{path} cannot be read as a video ({reason[0]}). Replace it or remove its rows.") from None
 
@@ -314,13 +329,22 @@ def scale_box(box, source, target):
 
 
 def boxes_for_model(processor, example):
-    """The boxes of a locate example in pixels of the RESIZED picture, which is what Qwen2.5-VL is trained on."""
+    """The boxes of a locate example in pixels of the RESIZED picture, which is what Qwen2.5-VL is trained on; a thin one keeps
+    a pixel. Raises SystemExit naming the picture that cannot be read, or the row of a box that lies outside."""
     try:
         source = picture_size(example.images[0])
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise SystemExit(f"{example.images[0]} cannot be read as a picture ({error}). Replace it or remove its rows.") from None
-    target = resized_size(processor, *source)
-    return [box | {"bbox_2d": scale_box(box["bbox_2d"], source, target)} for box in example.answer]
+    target, boxes = resized_size(processor, *source), []
+    for box in example.answer:
+        left, top, right, low = box["bbox_2d"]
+        if left >= source[0] or top >= source[1] or right <= 0 or low <= 0:
+            where = f"its picture {example.images[0]} ({source[0]} x {source[1]})"
+            raise SystemExit(f"{example.id}: {box} lies outside of {where}. Mend or remove the row.")
+        left, top, right, low = scale_box(box["bbox_2d"], source, target)
+        left, top = min(left, target[0] - 1), min(top, target[1] - 1)
+        boxes.append(box | {"bbox_2d": [left, top, max(right, left + 1), max(low, top + 1)]})
+    return boxes
 
 
 # ------------------------------------------------------------------------------------------------
@@ -331,14 +355,22 @@ def boxes_for_model(processor, example):
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
+LOADS = ("fp32", "bf16", "4bit")
+
+
 def load_backbone(path, load="bf16", min_pixels=None, max_pixels=None, device="cpu"):
     """Load a Qwen2.5-VL folder or hub id for use with the branch functions.
 
     load: "fp32", "bf16" or "4bit" (nf4; vision tower and head stay bf16). Pixel limits default to the folder's own.
     Returns a namespace: model, tokenizer, processor (the PIL image processor: Qwen2_5_VLProcessor needs torchvision),
-    stop (ids that end a completion), suppress (ids never sampled), path, frames (pictures taken of an mp4).
-    Raises SystemExit if the folder has no model or no tokenizer.
+    stop (ids that end a completion), suppress (ids never sampled), path, frames (pictures taken of an mp4),
+    start (a checksum of some of its weights: a checkpoint is continued from the same model only).
+    Raises SystemExit if the folder has no model or another one, lacks weights, or has no tokenizer that belongs to it.
     """
+    if load not in LOADS:
+        raise SystemExit(f"--load {load}: choose from {', '.join(LOADS)}.")
+    if (Path(path) / "adapter_config.json").is_file():
+        raise SystemExit(f"{path} is a LoRA adapter, not a model. Give --model the folder model/ beside it: both are merged there.")
     is_hub_id = re.fullmatch(r"(?!runs/)\w[\w.-]*/[\w.-]+", str(path)) and not Path(path).exists()
     if not is_hub_id and not (Path(path) / "config.json").is_file():
         raise SystemExit(f"{path} holds no model (config.json is missing). Run the stage before this one, or give --model.")
@@ -352,11 +384,21 @@ def load_backbone(path, load="bf16", min_pixels=None, max_pixels=None, device="c
         )  # fmt: skip
         kwargs["device_map"] = {"": device}
     try:
+        kind = AutoConfig.from_pretrained(path).model_type
+        if kind != "qwen2_5_vl":  # of another kind transformers would build a 7B model of random weights
+            raise ValueError(f"config.json says that it is {kind}")
         tokenizer = AutoTokenizer.from_pretrained(path)
         processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            path, attn_implementation={"": "sdpa", "text_config": "branches"}, use_safetensors=True, **kwargs
-        )
+        model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            path, attn_implementation={"": "sdpa", "text_config": "branches"}, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, **kwargs,
+        )  # fmt: skip
+        if tokenizer.convert_tokens_to_ids("<|image_pad|>") != model.config.image_token_id:
+            raise ValueError("its tokenizer is missing, or is that of another model")
+        if wrong := sorted(info["missing_keys"]) + [str(key) for key in info["mismatched_keys"]]:
+            raise ValueError(f"{len(wrong)} weights are missing or have another shape, such as {wrong[0]}")
+    except SafetensorError as error:
+        raise SystemExit(f"{path}: a file of its weights (model*.safetensors) is broken ({error}). Copy or make it anew.") from None
     except (OSError, ValueError) as error:
         raise SystemExit(f"{path} cannot be loaded as Qwen2.5-VL with tokenizer and image processor: {error}") from None
     if load == "4bit":
@@ -372,9 +414,12 @@ def load_backbone(path, load="bf16", min_pixels=None, max_pixels=None, device="c
         "shortest_edge": min_pixels or processor.size["shortest_edge"],
         "longest_edge": max_pixels or processor.size["longest_edge"],
     }
-    ids = tokenizer.convert_tokens_to_ids
+    ids, start = tokenizer.convert_tokens_to_ids, 0
+    for weight in model.parameters():
+        start = zlib.crc32(weight.detach().flatten()[:64].float().cpu().numpy().tobytes(), start)
     return SimpleNamespace(
         model=model.eval(), tokenizer=tokenizer, processor=processor, path=str(path), device=torch.device(device), frames=16,
+        start=start,
         stop=[ids(STOP), ids("<|endoftext|>")],
         suppress=[ids(f"<|{name}|>") for name in ("vision_start", "vision_end", "image_pad", "video_pad")],
     )  # fmt: skip
@@ -446,6 +491,7 @@ class Prefix:
     ids: torch.Tensor  # (P,) token ids, with a pad token for each picture token
     positions: torch.Tensor  # (3, P) M-RoPE positions: time, height, width
     features: torch.Tensor | None  # (picture tokens, width) from the vision tower
+    name: str = ""  # the scene's examples, for messages
 
 
 @lru_cache(maxsize=200_000)
@@ -485,12 +531,13 @@ def encode_scenes(backbone, scenes, keep=False, patches=None):
         counts = [int(g.prod(-1).sum()) // merge**2 for _, g in patches]
         for scene, (_, grids), part in zip(fresh, patches, features.split(counts)):
             video = scene.data_type == "video"
-            words = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n" + picture_text(grids, merge, video)
+            words = PREFIX_START + picture_text(grids, merge, video)
             ids = torch.tensor(encode_text(backbone.tokenizer, words))
             kinds = (ids == model.config.image_token_id).int() + 2 * (ids == model.config.video_token_id).int()
             where = {"video_grid_thw" if video else "image_grid_thw": grids}
             positions, _ = model.get_rope_index(ids[None], mm_token_type_ids=kinds[None], **where)
-            prefixes[id(scene)] = Prefix(ids.to(backbone.device), positions[:, 0].to(backbone.device), part)
+            name = ", ".join(example.id for example in scene.examples) or scene.images[0]
+            prefixes[id(scene)] = Prefix(ids.to(backbone.device), positions[:, 0].to(backbone.device), part, name)
             if keep:
                 scene.encoded = prefixes[id(scene)]
     return [scene.encoded or prefixes[id(scene)] for scene in scenes]
@@ -506,7 +553,19 @@ def text_positions(prefix, count):
 def extend_prefix(prefix, ids):
     """The prefix followed by the text tokens `ids`, as a new Prefix."""
     positions = torch.cat([prefix.positions, text_positions(prefix, len(ids))], dim=1)  # (3, P + text)
-    return Prefix(torch.cat([prefix.ids, prefix.ids.new_tensor(ids)]), positions, prefix.features)
+    return Prefix(torch.cat([prefix.ids, prefix.ids.new_tensor(ids)]), positions, prefix.features, prefix.name)
+
+
+def check_lengths(backbone, prefixes, lengths):
+    """Raise SystemExit if a prefix and one of its branches are longer than the model's context. lengths: B lists."""
+    limit = core(backbone.model).config.text_config.max_position_embeddings
+    for prefix, group in zip(prefixes, lengths):
+        tokens = len(prefix.ids) + max(group, default=0)
+        if tokens > limit:
+            raise SystemExit(
+                f"{tokens:,} tokens are more than the model's context of {limit:,}. Lower --max_pixels (or --max_new_tokens), or "
+                f"leave out the question at fault, one of: {prefix.name}."
+            )
 
 
 def embed(backbone, ids, features):
@@ -573,7 +632,10 @@ AttentionInterface.register("branches", branch_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register("branches", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
-def branch_logprobs(backbone, prefixes, branches, chunk=1024):
+LOGITS_AT_ONCE = 1024  # a token has 152,000 of them
+
+
+def branch_logprobs(backbone, prefixes, branches, chunk=LOGITS_AT_ONCE):
     """Log-probability of every completion token, with each prefix encoded once.
 
     prefixes: B Prefix. branches: B lists of (prompt ids, completion ids); N branches in all.
@@ -583,9 +645,9 @@ def branch_logprobs(backbone, prefixes, branches, chunk=1024):
     """
     model = core(backbone.model)
     flat = [branch for group in branches for branch in group]
-    layout = pack_layout(
-        [len(prefix.ids) for prefix in prefixes], [[len(p) + len(c) for p, c in group] for group in branches], backbone.device
-    )
+    lengths = [[len(p) + len(c) for p, c in group] for group in branches]
+    check_lengths(backbone, prefixes, lengths)
+    layout = pack_layout([len(prefix.ids) for prefix in prefixes], lengths, backbone.device)
     tokens = [torch.tensor([*prompt, *completion], device=backbone.device) for prompt, completion in flat]
     ids = torch.cat([prefix.ids for prefix in prefixes] + tokens)  # (T,)
     owners = [prefix for prefix, group in zip(prefixes, branches) for _ in group]
@@ -634,6 +696,7 @@ def branch_generate(backbone, prefixes, branches, max_new_tokens, temperature=0.
     Returns B lists of completion ids, the end token included where it was reached.
     Sets eval mode while it runs: train mode with gradient checkpointing would drop the cache.
     """
+    check_lengths(backbone, prefixes, [[len(prompt) + max_new_tokens for prompt in group] for group in branches])
     model, device = core(backbone.model), backbone.device
     was_training = backbone.model.training
     backbone.model.eval()
@@ -880,9 +943,10 @@ def skill(by_type, guess):
 # ------------------------------------------------------------------------------------------------
 
 
-def setting(default, help):
-    """A field of a settings dataclass; `help` is its comment here and its line in --help."""
-    return field(default=default, metadata={"help": help})
+def setting(default, help, choices=None):
+    """A field of a settings dataclass; `help` is its comment here and its line in --help. A number may be 0 only where that
+    is its default, or `help` says what "0:" means."""
+    return field(default=default, metadata={"help": help} | ({"choices": choices} if choices else {}))
 
 
 @dataclass
@@ -895,16 +959,19 @@ class Settings:
     out: str = setting("", "folder of this run; empty: runs/<preset>/<stage>")
     seed: int = setting(0, "seed of data order and sampling")
     max_steps: int = setting(0, "stop after this many optimiser steps (0: no limit); the schedule stays as planned")
-    resume: str = setting("auto", "auto: go on from the run's checkpoint if there is one; never: start anew")
+    resume: str = setting("auto", "auto: go on from the run's checkpoint if there is one; never: start anew", ("auto", "never"))
     processes: int = setting(2, "processes that share the work on a CPU; on GPUs use torchrun instead")
+
+
+TUNES, OPTIMIZERS = ("lora", "full"), ("adamw", "muon")
 
 
 @dataclass
 class TrainSettings(Settings):
     """What the three training stages share."""
 
-    load: str = setting("bf16", "weights in memory: fp32, bf16, or 4bit (QLoRA)")
-    tune: str = setting("lora", "lora: adapters on the language model; full: all its weights")
+    load: str = setting("bf16", "weights in memory: fp32, bf16, or 4bit (QLoRA)", LOADS)
+    tune: str = setting("lora", "lora: adapters on the language model; full: all its weights", TUNES)
     lora_rank: int = setting(16, "rank of the adapters")
     lora_alpha: int = setting(32, "scale of the adapters: alpha / rank")
     train_vision: bool = setting(False, "train the vision tower too (only with --tune full)")
@@ -912,10 +979,12 @@ class TrainSettings(Settings):
     min_pixels: int = setting(0, "smallest picture in pixels; 0: as the model folder says")
     max_pixels: int = setting(0, "largest picture in pixels; 0: as the model folder says")
     keep_features: bool = setting(False, "remember the frozen vision tower's output of each scene (small pictures only)")
-    optimizer: str = setting("adamw", "adamw, or muon for the matrices of the language model and AdamW for the rest")
+    optimizer: str = setting(
+        "adamw", "adamw, or muon for the matrices of the language model and AdamW for the rest", OPTIMIZERS
+    )
     lr: float = setting(1e-4, "AdamW's highest learning rate (LoRA needs about ten times that of full tuning)")
     muon_lr: float = setting(0.01, "Muon's highest learning rate")
-    warmup: float = setting(0.1, "share of the steps in which the rate rises; it then falls as a cosine to zero")
+    warmup: float = setting(0.1, "share of the steps in which the rate rises (0: none); it then falls as a cosine to zero")
     clip: float = setting(1.0, "largest norm of the gradient")
     steps: int = setting(0, "optimiser steps; 0: one pass over the data")
     scenes: int = setting(16, "scenes in an optimiser step, over all processes")
@@ -923,6 +992,7 @@ class TrainSettings(Settings):
     micro_scenes: int = setting(1, "scenes in one forward and backward pass; less needs less memory")
     eval_every: int = setting(100, "steps between scores on held-out scenes")
     eval_scenes: int = setting(64, "held-out scenes scored during training")
+    batch: int = setting(128, "questions answered at once when scoring; less needs less memory")
     save_every: int = setting(100, "steps between checkpoints")
 
 
@@ -933,7 +1003,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def parse_settings(cls, presets, stage, before="", argv=None):
     """Settings of a stage from the command line: defaults of the class, then of the preset, then the flags.
 
-    before: the stage whose model this one starts from. Exits with a message on an unknown flag or preset.
+    before: the stage whose model this one starts from. Exits with a message on an unknown flag, preset or choice, and on a
+    number that is negative, not finite, or 0 where that means nothing.
     """
     parser = HfArgumentParser(cls, description=sys.modules[cls.__module__].__doc__, formatter_class=HelpFormatter)
     argv = sys.argv[1:] if argv is None else argv
@@ -943,6 +1014,10 @@ def parse_settings(cls, presets, stage, before="", argv=None):
         parser.error(f"--preset {preset} is unknown; choose from {', '.join(presets)}")
     parser.set_defaults(**presets[preset])
     settings = cls(**vars(parser.parse_args(argv)))
+    for part in fields(settings):
+        value, zero = getattr(settings, part.name), part.default == 0 or re.search(r"\b0:", part.metadata["help"])
+        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and zero):
+            parser.error(f"--{part.name} {value}: give {'0 or more' if zero else 'more than 0'}")
     settings.data = settings.data or f"data/{preset}"
     settings.out = settings.out or f"runs/{preset}/{stage}"
     if before and not settings.model:
@@ -1041,8 +1116,8 @@ def stop_at_once(settings):
             yield
     except OSError as error:
         end_others()
-        raise SystemExit(
-            f"{error.filename} cannot be read or written ({error.strerror}). What is done is kept: mend that, and {again}."
+        raise SystemExit(  # a new line: there may be a bar
+            f"\n{error.filename} cannot be read or written ({error.strerror}). What is done is kept: mend that, and {again}."
         ) from None
     finally:
         for number, handler in before.items():
@@ -1057,7 +1132,8 @@ def naming(path):
     except SafetensorError as error:
         raise OSError(None, str(error), str(path)) from None
     except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), error.filename or str(path)) from None
+        name = error.filename2 or error.filename or str(path)  # of two, the one that is written
+        raise OSError(error.errno, error.strerror or str(error), name) from None
 
 
 def write_whole(path, text):
@@ -1142,6 +1218,101 @@ def optimizer_step(model, optimizers, settings, step, steps):
     return norm
 
 
+def scene_length(backbone, scene):
+    """Tokens of a scene's prefix. Only the size of its first picture is read. Raises SystemExit if it cannot be."""
+    processor, video, count = backbone.processor, scene.data_type == "video", len(scene.images)
+    side = processor.patch_size * processor.merge_size  # pixels of a token
+    if scene.images[0].endswith(".mp4"):
+        tokens, count = processor.size["longest_edge"] // side**2, backbone.frames  # at most
+    else:
+        tokens = math.prod(resized_size(processor, *picture_size(scene.images[0]))) // side**2
+    pictures = math.ceil(count / 2) if video else count
+    around = len(encode_text(backbone.tokenizer, PREFIX_START)) + 2 * (1 if video else pictures)
+    return around + pictures * tokens
+
+
+def stored_by_layer(backbone, prefixes, branches):
+    """Bytes that autograd stores for ONE layer of the language model, counted while it runs on zeros.
+
+    prefixes, branches: token counts as pack_layout takes them.
+    """
+    model, stored = core(backbone.model), {}
+    text, width = model.model.language_model, model.config.text_config.hidden_size
+    layout = pack_layout(prefixes, branches, backbone.device)
+    tokens, like = len(layout.unpad), {"dtype": model.dtype, "device": backbone.device}
+    hidden = torch.zeros(1, tokens, width, requires_grad=True, **like)  # (1, T, width)
+    angles = text.rotary_emb(hidden, torch.zeros(3, 1, tokens, dtype=torch.long, device=backbone.device))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def note(tensor):
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in weights:
+            stored[memory.data_ptr()] = memory.nbytes(), tensor  # kept, so that its address is not given to another
+        return tensor
+
+    backbone.model.eval()  # training with checkpointing would store nothing
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        text.layers[0](hidden, position_embeddings=angles, layout=layout)
+    return sum(size for size, _ in stored.values())
+
+
+def memory_budget(backbone, settings, prefixes, branches, learnt, sequences, length):
+    """Bytes that training needs at its largest: ({part: bytes}, peak). Not all parts are there at once.
+
+    prefixes, branches: token counts of the largest part of a step, as pack_layout takes them; learnt: those of its tokens that
+    are learnt, whose logits are made. sequences, length: how many answers are written at once, and their longest, prefix
+    included.
+    """
+    model = core(backbone.model)
+    text, number = model.config.text_config, model.dtype.itemsize
+    layers, tokens = text.num_hidden_layers, sum(prefixes) + sum(map(sum, branches))
+    layer = stored_by_layer(backbone, prefixes, branches)
+    inner = tokens * text.intermediate_size * 2 * 4  # gradients inside a layer: two tensors of float32
+    if settings.checkpointing:  # the input of each layer is stored; in the backward pass one layer runs again
+        stored, inner = layers * tokens * text.hidden_size * number, layer + inner
+    else:
+        stored = layers * layer
+    heads = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+    parts = {
+        "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
+        # Gradients and AdamW's two averages. Muon has one: a small overestimate.
+        "optimizer": 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
+        "cache": sequences * length * 2 * layers * heads * number,
+        "activations": stored + inner,
+        "logits": min(learnt, LOGITS_AT_ONCE) * text.vocab_size * 3 * 4,  # three tensors of float32
+    }
+    learning = stored + max(inner, parts["logits"])  # the logits are gone when the gradients reach the layers
+    return parts, parts["weights"] + parts["optimizer"] + max(learning, parts["cache"])
+
+
+LOWER = {  # what to do when a part of the budget is the largest
+    "weights": "--load 4bit",
+    "optimizer": "--tune lora, or a lower --lora_rank",
+    "cache": "a lower --batch (scoring), or --prompts, --max_new_tokens and --group (stage 3)",
+    "activations": "--checkpointing true, then a lower --micro_scenes, --max_pixels and --branches (stage 3: --max_new_tokens)",
+}
+
+
+def device_memory(device):
+    """Bytes that this process may still come to use: of the card (its limit by torch.cuda.set_per_process_memory_fraction
+    included), or its share of the machine's memory."""
+    if device.type == "cuda":
+        free, whole = torch.cuda.mem_get_info(device)
+        return min(free + torch.cuda.memory_reserved(device), whole * torch.cuda.get_per_process_memory_fraction(device))
+    return psutil.virtual_memory().available / world()[1] + psutil.Process().memory_info().rss
+
+
+def check_memory(backbone, settings, *largest):
+    """Print one line of what training needs at its largest (arguments as memory_budget). Raises SystemExit, naming the
+    settings to lower, if that is more than there is: better now than in step 40."""
+    (parts, peak), there = memory_budget(backbone, settings, *largest), device_memory(backbone.device)
+    line = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    say(f"memory in GB: {line}, not all at once; at most {peak / 1e9:.2f} of {there / 1e9:.2f}")
+    if peak > there:
+        most = max(LOWER, key=parts.get)
+        raise SystemExit(f"This needs {peak / 1e9:.1f} GB, and there are {there / 1e9:.1f}. Most are {most}: try {LOWER[most]}.")
+
+
 MOST_SKIPPED = 5  # steps in a row whose gradient is not finite: then the run ends
 
 
@@ -1172,14 +1343,13 @@ def start_run(settings):
     if checkpoint.with_suffix(".old").is_dir() and not checkpoint.is_dir():
         checkpoint.with_suffix(".old").rename(checkpoint)  # stopped between the two renames of a save
     if settings.resume == "auto" and (checkpoint / "state.json").is_file():
-        state = json.loads((checkpoint / "state.json").read_text())
-        for name in set(config) - {"max_steps", "resume", "processes"}:
-            if state["config"].get(name) != config[name]:
-                raise SystemExit(
-                    f"{checkpoint} was made with --{name} {state['config'].get(name)}, not {config[name]}. "
-                    "Give the same, or --resume never to start anew, or another --out."
-                )
-        step = state["step"]
+        try:
+            state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+            step, made = int(state["step"]), dict(state["config"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"{checkpoint / 'state.json'} is broken ({error!r}). --resume never starts anew.") from None
+        names = [name for name in config | made if name not in ("max_steps", "resume", "processes")]
+        refuse_others(checkpoint, made, config, names)
         say(f"going on from step {step} of {checkpoint}")
     if dist.is_initialized():
         dist.barrier()
@@ -1193,6 +1363,16 @@ def start_run(settings):
             lines = (folder / name).read_text(encoding="utf-8").split("\n") if step and (folder / name).is_file() else []
             (folder / name).write_text("".join(line + "\n" for line in lines if logged_by(line, step)), encoding="utf-8")
     return folder, step
+
+
+def refuse_others(folder, made, config, names):
+    """Raise SystemExit, naming the first setting that differs, if `folder` was made with others of these settings."""
+    for name in names:
+        if made.get(name, ...) != config.get(name, ...):
+            before, now = (f"--{name} {some[name]}" if name in some else f"no --{name}" for some in (made, config))
+            raise SystemExit(
+                f"{folder} was made with {before}, not {now}. Give the same, or --resume never to start anew, or another --out."
+            )
 
 
 def logged_by(line, step):
@@ -1214,7 +1394,8 @@ def save_checkpoint(folder, step, backbone, optimizers, settings):
         try:
             save_file(weights, new / "weights.safetensors")
             torch.save([optimizer.state_dict() for optimizer in optimizers], new / "optimizers.pt")
-            (new / "state.json").write_text(json.dumps({"step": step, "config": asdict(settings)}))
+            state = {"step": step, "config": asdict(settings), "start": getattr(backbone, "start", None)}
+            (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
         except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own word for a full disk
             shutil.rmtree(new, ignore_errors=True)
             needed = 3 * sum(weight.numel() * weight.element_size() for weight in weights.values())
@@ -1230,15 +1411,25 @@ def save_checkpoint(folder, step, backbone, optimizers, settings):
 
 
 def load_checkpoint(folder, backbone, optimizers):
-    """Put the weights and optimizers of `folder`/checkpoint back in place."""
+    """Put the weights and optimizers of `folder`/checkpoint back in place. Raises SystemExit if it is broken, or belongs to
+    another model than the backbone's."""
     checkpoint = Path(folder) / "checkpoint"
-    weights = load_file(checkpoint / "weights.safetensors", device=str(backbone.device))
-    missing = {name for name, p in backbone.model.named_parameters() if p.requires_grad} - set(weights)
-    if missing:
-        raise SystemExit(f"{checkpoint} lacks trained weights such as {sorted(missing)[0]}: it belongs to another model.")
-    backbone.model.load_state_dict(weights, strict=False)
-    for optimizer, state in zip(optimizers, torch.load(checkpoint / "optimizers.pt", weights_only=True)):
-        optimizer.load_state_dict(state)
+    trained = {name for name, p in backbone.model.named_parameters() if p.requires_grad}
+    try:
+        start = json.loads((checkpoint / "state.json").read_text(encoding="utf-8")).get("start")
+        weights = load_file(checkpoint / "weights.safetensors", device=str(backbone.device))
+        if other := sorted(trained ^ set(weights)):
+            raise ValueError(f"it holds other weights, such as {other[0]}: it belongs to another model")
+        if start and start != backbone.start:
+            raise ValueError(f"{backbone.path} is no longer the model that it started from")
+        backbone.model.load_state_dict(weights, strict=False)
+        for optimizer, state in zip(optimizers, torch.load(checkpoint / "optimizers.pt", weights_only=True)):
+            optimizer.load_state_dict(state)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # every part of it has errors of its own
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise SystemExit(f"{checkpoint} cannot be continued ({reason}). --resume never starts anew.") from None
 
 
 def seed_step(settings, step):
@@ -1403,11 +1594,11 @@ def _order(count, seed, epoch):
 
 
 @stop_at_signals()
-def sft(backbone, packs, settings, folder, first_step, evaluate, panels, stop=lambda scores: False):
+def sft(backbone, packs, settings, folder, first_step, evaluate, panels, new_tokens=128, stop=lambda scores: False):
     """Supervised fine-tuning: the loss is the mean negative log-probability of the completions' tokens, and nothing else.
 
-    evaluate(backbone, step) -> {name: score} runs on held-out scenes every eval_every steps; stop(scores) ends the training.
-    Writes metrics, curves and checkpoints to `folder`.
+    evaluate(backbone, step) -> {name: score} runs on held-out scenes every eval_every steps, with answers of at most
+    `new_tokens`; stop(scores) ends the training. Writes metrics, curves and checkpoints to `folder`.
     """
     if not packs:
         raise SystemExit(f"{settings.data} has nothing to learn for this stage.")
@@ -1419,6 +1610,13 @@ def sft(backbone, packs, settings, folder, first_step, evaluate, panels, stop=la
         load_checkpoint(folder, backbone, optimizers)
     texts = list({text for pack in packs for pair in pack.pairs for text in pair})
     ids = dict(zip(texts, backbone.tokenizer(texts, add_special_tokens=False)["input_ids"]))  # at once: ten times faster
+    prefix = {id(scene): scene_length(backbone, scene) for scene in {id(p.scene): p.scene for p in packs}.values()}
+    sizes = [(prefix[id(p.scene)], [[len(ids[text]) for text in pair] for pair in p.pairs]) for p in packs]
+    largest = sorted(sizes, key=lambda size: size[0] + sum(map(sum, size[1])))[-min(settings.micro_scenes, settings.scenes) :]
+    check_memory(
+        backbone, settings, [first for first, _ in largest], [[sum(pair) for pair in pairs] for _, pairs in largest],
+        sum(completion for _, pairs in largest for _, completion in pairs), settings.batch, max(prefix.values()) + new_tokens,
+    )  # fmt: skip
     bar = tqdm(range(first_step, last), initial=first_step, total=last, desc=folder.name, disable=rank > 0)
     scores, skipped = {}, 0
     for step in bar:

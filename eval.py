@@ -70,6 +70,7 @@ class EvalSettings(Settings):
 
 
 PRESETS = {"toy": {}, "3b": {"batch": 16}}
+PARENT = os.getppid()
 LADDER = ("base", "stage1", "stage2", "coldstart", "stage3")
 DIRECT = ("base", "stage1", "stage2")  # models that nobody has taught to think: they are not asked to
 
@@ -277,7 +278,7 @@ def draw_hint(item, hint, path):
         draw.line(middles, fill="yellow", width=width)
     for (label, (x1, y1, x2, y2)), colour in zip(item.boxes.items(), ("red", "lime", "cyan", "magenta") * 9):
         draw.rectangle([x1, y1, x2 - 1, y2 - 1], outline=colour, width=width)
-        draw.text((x1 + width + 1, y1 + width), label, fill=colour)
+        draw.text((x1 + width + 1, y1 + width), label[:60], fill=colour)
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(new := path.with_suffix(f".{os.getpid()}.png"))  # processes may draw it at once
     new.rename(path)
@@ -538,11 +539,8 @@ def key_of(row):
 
 def save_predictions(folder, header, rows):
     """Write all answers into one predictions.jsonl, header first, and drop the files of the single processes."""
-    new = folder / "predictions.new"
-    with new.open("w", encoding="utf-8") as file:
-        for row in ({"settings": header}, *rows):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    new.rename(folder / "predictions.jsonl")
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in ({"settings": header}, *rows)]
+    common.write_whole(folder / "predictions.jsonl", "".join(lines))
     for part in folder.glob("predictions.*.jsonl"):
         part.unlink()
 
@@ -593,6 +591,8 @@ def ask(backbone, items, name, mode, temperature, sample, settings, folder, done
         backbone, scenes[rank::size], mode, tokens, temperature, settings.batch, keep=items[0].benchmark == "toy",
         seed=f"{settings.seed} {sample}", skip=asked_before,
     ):  # fmt: skip
+        if rank and os.getppid() != PARENT:
+            raise SystemExit("the first process was killed")  # a new run may have begun to write this one's file
         rows = []
         for example, text in zip((e for scene in part for e in scene.examples), (t for some in texts for t in some)):
             row = dict(zip(("model", "mode", "temperature", "sample", "id"), key(example)))
@@ -600,7 +600,7 @@ def ask(backbone, items, name, mode, temperature, sample, settings, folder, done
                     "options": example.options, "answer": example.answer, "text": text}  # fmt: skip
             rows.append(row | score_row(by_id[example.id], text))
             done[key(example)] = rows[-1]
-        with (folder / file_name).open("a", encoding="utf-8") as file:
+        with common.naming(folder / file_name), (folder / file_name).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         bar.update(len(rows) * size)
         scores = [row["score"] for row in rows]
@@ -986,7 +986,8 @@ def html_table(rows):
     for number, row in enumerate(rows):
         style = "ours" if number and "strict" in row[0] else "guess" if "guess" in row[0] else ""
         cell = "td" if number else "th"
-        lines.append(f'<tr class="{style}">' + "".join(f"<{cell}>{html.escape(text)}</{cell}>" for text in row) + "</tr>")
+        cells = [html.escape(common.visible(text, 200)) for text in row]
+        lines.append(f'<tr class="{style}">' + "".join(f"<{cell}>{text}</{cell}>" for text in cells) + "</tr>")
     return f"<table>{''.join(lines)}</table>"
 
 
@@ -996,8 +997,8 @@ def html_bars(by_type, guess):
     for kind, score in by_type.items():
         mark = f'<b style="left:{100 * guess[kind]:.1f}%"></b>' if kind in guess else ""
         lines.append(
-            f'<div class="bar"><span>{html.escape(kind)}</span><span class="track"><i style="width:{100 * score:.1f}%"></i>{mark}'
-            f"</span><span>{100 * score:.1f}</span></div>"
+            f'<div class="bar"><span>{html.escape(common.visible(kind, 200))}</span><span class="track">'
+            f'<i style="width:{100 * score:.1f}%"></i>{mark}</span><span>{100 * score:.1f}</span></div>'
         )
     return "".join(lines)
 
@@ -1033,12 +1034,14 @@ def report_samples(rows, items):
         if located:
             boxes += [(box["bbox_2d"], "orange") for box in common.parse_boxes(text) or []]
         thought, tag, _ = text.partition("<answer>")
-        cut = [part[:REPORT_TEXT] + (" ... (cut)" if len(part) > REPORT_TEXT else "") for part in (
-            thought if tag else "", common.extract_answer(text), row["question"], str(row["answer"]))]  # fmt: skip
-        out.append({
+        texts = {
             "benchmark": f"{row['model']}, {item.example.id.split(':')[0]}", "type": row["question_type"], "id": row["id"],
-            "thought": cut[0], "said": cut[1], "question": cut[2], "answer": cut[3], "options": row["options"] or [],
-            "score": row["score"], "verdict": "right" if row["score"] >= 0.5 else "wrong", "pictures": thumbnails(row, boxes),
+            "thought": thought if tag else "", "said": common.extract_answer(text), "question": row["question"],
+            "answer": str(row["answer"]),
+        }  # fmt: skip
+        out.append({name: common.visible(part, REPORT_TEXT) for name, part in texts.items()} | {
+            "options": [common.visible(option, REPORT_TEXT) for option in row["options"] or []], "score": row["score"],
+            "verdict": "right" if row["score"] >= 0.5 else "wrong", "pictures": thumbnails(row, boxes),
         })  # fmt: skip
     return out
 
@@ -1046,10 +1049,10 @@ def report_samples(rows, items):
 def write_report(path, sections, samples):
     """report.html. sections: [(heading, HTML)]; samples: from report_samples. A model's output stands in the page as JSON in
     which no "<" survives, and is shown as text only: it can never run."""
-    body = "".join(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in sections)
+    body = "".join(f"<h2>{html.escape(common.visible(heading, 200))}</h2>{content}" for heading, content in sections)
     data = json.dumps(samples, ensure_ascii=True).replace("<", "\\u003c")
     head, middle, end = re.split("BODY|DATA", REPORT)
-    path.write_text(head + body + middle + data + end, encoding="utf-8")
+    common.write_whole(path, head + body + middle + data + end)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1093,9 +1096,9 @@ def main_toy(settings, folder):
         "guess_accuracy": sum(guess[k] * n for k, n in counts.items()) / len(test),
         "models": {name: summarise([row for row in rows if row["model"] == name], guess) for name in ladder},
     }  # fmt: skip
-    (folder / "scores.json").write_text(json.dumps(scores, indent=2))
+    common.write_whole(folder / "scores.json", json.dumps(scores, indent=2))
     cells = ladder_table(scores)
-    (folder / "table.txt").write_text(text_table(cells) + "\n")
+    common.write_whole(folder / "table.txt", text_table(cells) + "\n")
     draw_ladder(scores, folder / "ladder.png")
     draw_boxes(rows, folder / "boxes.png", list(ladder))
     last = list(ladder)[-1]
@@ -1156,8 +1159,8 @@ def main_benchmarks(settings, folder):
         tables.append(text_table(cells, 1))
         sections += [(name, html_table(cells) + html_bars(found["strict"]["by_type"], found["guess"]["by_type"]))]
         samples += report_samples(greedy, mine)
-    (folder / "scores.json").write_text(json.dumps(scores, indent=2))
-    (folder / "table.txt").write_text("\n\n".join(tables) + "\n")
+    common.write_whole(folder / "scores.json", json.dumps(scores, indent=2))
+    common.write_whole(folder / "table.txt", "\n\n".join(tables) + "\n")
     write_report(folder / "report.html", sections, samples)
     print("\n\n".join(tables))
 
@@ -1182,10 +1185,11 @@ def main():
         draw_dynamics(settings.curves, folder / "dynamics.png")
         print(f"wrote {folder / 'dynamics.png'}")
         return
-    common.start_processes(settings)
-    folder.mkdir(parents=True, exist_ok=True)
-    (main_benchmarks if settings.benchmarks else main_toy)(settings, folder)
-    common.end_processes()
+    with common.stop_at_once(settings):
+        common.start_processes(settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        (main_benchmarks if settings.benchmarks else main_toy)(settings, folder)
+        common.end_processes()
 
 
 if __name__ == "__main__":

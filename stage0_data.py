@@ -16,6 +16,9 @@ threshold, what was skipped and why) and gallery.html to look at (the toy: galle
 data/toy/heldout from other rooms, and runs/toy/base/model: a tiny Qwen2.5-VL with random weights whose vision tower has
 learnt to see coloured solids, as Qwen's own has learnt to see ours, and whose language model knows nothing yet.
 
+The same command goes on where a run was stopped, at any moment: finished scenes are kept. Only the base's training, which
+takes a minute, starts anew.
+
 In reading order: 1 settings and rules, 2 the toy world, 3 reading scenes, 4 geometry, 5 questions (add yours here),
 6 rows and files, 7 the gallery, 8 the toy's base, 9 main.
 """
@@ -30,6 +33,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -396,7 +400,7 @@ def read_labels(path):
     """raw_category -> nyu40id from scannetv2-labels.combined.tsv (or the toy's table in its form)."""
     if not Path(path).is_file():
         raise SystemExit(f"{path} is missing: it is part of ScanNet's download (and names every category).")
-    header, *rows = [line.split("\t") for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
+    header, *rows = [line.split("\t") for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
     raw, nyu = header.index("raw_category"), header.index("nyu40id")
     return {row[raw]: int(row[nyu] or 0) for row in rows}
 
@@ -464,6 +468,8 @@ def read_meta(path):
     except (OSError, ValueError) as error:
         raise SystemExit(f"{path} cannot be read as JSON ({error}).") from None
     for scene, facts in scenes.items():
+        if not scene.replace("_", "").isalnum() or len(scene) > 99:
+            raise SystemExit(f"{path}: {scene[:99]!r} cannot be the name of a scene: files are named after it.")
         try:
             boxes = [(label, box) for label, some in sorted(facts["object_bbox"].items()) for box in some]
             objects = [
@@ -1066,19 +1072,37 @@ def scannet_part(job):
 
 
 def make_parts(function, jobs, folder, workers, desc):
-    """Run function(job) for every (name, job) in `workers` processes; each result is kept as folder/<name>.json until all
-    are done, so that a run that was stopped goes on. Yields the results in the order of the jobs."""
+    """Run function(job) for every (name, job) in `workers` processes; each result is kept as folder/<name>.json until the
+    whole run is done, so that one that was stopped goes on. Returns the results in the order of the jobs."""
     folder.mkdir(parents=True, exist_ok=True)
     todo = [(name, job) for name, job in jobs if not (folder / f"{name}.json").is_file()]
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
+    with multiprocessing.get_context("fork").Pool(workers, start_worker) as pool:
+        processes, results = multiprocessing.active_children(), pool.imap(function, [job for _, job in todo])
         bar = tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=desc)
-        for (name, _), part in zip(todo, pool.imap(function, [job for _, job in todo], chunksize=4)):
-            new = folder / f"{name}.new"
-            new.write_text(json.dumps(part))
-            new.rename(folder / f"{name}.json")
+        for name, _ in todo:
+            common.write_whole(folder / f"{name}.json", json.dumps(next_result(results, processes)))
             bar.update()
         bar.close()
     return [json.loads((folder / f"{name}.json").read_text()) for name, _ in jobs]
+
+
+def start_worker():
+    """The first process hears the signals, and ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def next_result(results, processes):
+    """The next result of a pool. Raises SystemExit when one of its processes was killed: a pool waits for ever for what that
+    one was making."""
+    while True:
+        try:
+            return results.next(timeout=1)
+        except multiprocessing.TimeoutError:
+            if not all(process.is_alive() for process in processes):
+                raise SystemExit(
+                    "\na worker was killed; if it was for want of memory, give fewer --workers. The same command goes on."
+                ) from None
 
 
 def balance(rows, targets, per_scene, seed):
@@ -1142,8 +1166,8 @@ def write_rows(root, spatial, locate, traces, seed, detail=()):
             solved(i, "work", f"{thoughts[i]} <answer>{row['answer']}</answer>") for i, row in enumerate(spatial)
         ]
     for kind, rows in parts.items():
-        with (root / common.FILES.get(kind, f"{kind}.jsonl")).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        common.write_whole(root / common.FILES.get(kind, f"{kind}.jsonl"), lines)
     counts = {kind: len(rows) for kind, rows in parts.items()}
     return counts | {"by_type": dict(Counter(row["question_type"] for row in spatial))}
 
@@ -1164,7 +1188,8 @@ def toy_part(job):
     torch.set_num_threads(1)
     rng = random.Random(f"{seed} {scene}")
     folder = root / "scans" / scene
-    write_room(make_room(rng), folder, rng)
+    with common.naming(folder):
+        write_room(make_room(rng), folder, rng)
     room = read_scannet(folder, read_labels(root / "labels.tsv"))
     (root / "images" / scene).mkdir(parents=True, exist_ok=True)
     out = {"locate": [], "spatial": [], "objects": [], "rejected": Counter()}
@@ -1201,7 +1226,6 @@ def build_toy(root, rooms, first, seed, traces, workers, detection):
     parts = make_parts(toy_part, jobs, root / "parts", workers, f"rooms of {root.name}")
     spatial, locate, objects = ([row for part in parts for row in part[kind]] for kind in ("spatial", "locate", "objects"))
     counts = write_rows(root, spatial, locate, traces, seed, {"objects": objects})
-    shutil.rmtree(root / "parts")
     return counts | {"rejected": total_counts(part["rejected"] for part in parts)}
 
 
@@ -1266,7 +1290,6 @@ def build_real(settings, root, scenes):
         for name in tqdm(pictures, desc="pictures"):
             copy_picture(scenes[name.split("/")[0]], root / "images" / name)
     write_gallery(gallery, lambda name: scenes_room(settings, scenes, name), root / "gallery.html")
-    shutil.rmtree(root / "parts")
     by_kind = Counter(f"{row['data_type']}: {row['question_type']}" for row in rows)
     letters = Counter(row["answer"] for row in rows if row["options"])
     return {
@@ -1291,7 +1314,8 @@ def copy_picture(folder, target):
         target.parent.mkdir(parents=True, exist_ok=True)
         numbered = {int(path.stem): path for path in (folder / "color").glob("*.jpg") if path.stem.isdigit()}
         new = target.with_suffix(".new")
-        shutil.copyfile(numbered[int(target.stem)], new)
+        with common.naming(target):
+            shutil.copyfile(numbered[int(target.stem)], new)
         new.rename(target)
 
 
@@ -1317,6 +1341,11 @@ def sample_rows(rows, seed, count=2):
     return [row for _, group in sorted(groups.items()) for row in group[:count]]
 
 
+def shown(text, most=4000):
+    """Text from outside as HTML: escaped, cut, and nothing in it is unseen."""
+    return html.escape(common.visible(text, most))
+
+
 def picture_svg(frame, boxes, asked, width):
     """One picture as inline SVG, with the boxes of the asked objects. boxes: {number: box}; asked: {number: label}."""
     with Image.open(frame.color) as image:
@@ -1331,7 +1360,7 @@ def picture_svg(frame, boxes, asked, width):
             unit = w / 160  # so that lines and letters look the same in small and large pictures
             inside.append(
                 f'<rect x="{x1}" y="{y1}" width="{x2 - x1}" height="{y2 - y1}" fill="none" stroke="orange" stroke-width="{unit}"/>'
-                f'<text x="{x1}" y="{max(y1 - unit, 6 * unit)}" font-size="{6 * unit}" fill="orange">{html.escape(label)}</text>'
+                f'<text x="{x1}" y="{max(y1 - unit, 6 * unit)}" font-size="{6 * unit}" fill="orange">{shown(label, 60)}</text>'
             )
     return f'<svg viewBox="0 0 {w} {h}" width="{width}" height="{small.height}">{"".join(inside)}</svg>'
 
@@ -1376,7 +1405,7 @@ def plan_svg(room, asked, frames, side=260):
     for thing in room.objects:
         if thing.number in asked:
             x, y = spot(thing.centre)
-            inside.append(f'<text x="{x:.1f}" y="{y:.1f}" font-size="11" text-anchor="middle">{html.escape(thing.label)}</text>')
+            inside.append(f'<text x="{x:.1f}" y="{y:.1f}" font-size="11" text-anchor="middle">{shown(thing.label, 60)}</text>')
     return f'<svg viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}">{"".join(inside)}</svg>'
 
 
@@ -1397,14 +1426,14 @@ def write_gallery(rows, room_of, path):
         pictures = [picture_svg(f, look(room, f)[0], asked, 480 if len(frames) == 1 else 116) for f in frames]
         title = f"{row['question_type']}, {row['data_type'].replace('_', ' ')}"
         if title != heading:
-            body.append(f"<h2>{html.escape(title)}</h2>")
+            body.append(f"<h2>{shown(title)}</h2>")
             heading = title
-        options = "".join(f"<div>{html.escape(option)}</div>" for option in row["options"] or [])
-        shown = f'<div class="pictures">{"".join(pictures)}</div>' if pictures else ""
+        options = "".join(f"<div>{shown(option)}</div>" for option in row["options"] or [])
+        left = f'<div class="pictures">{"".join(pictures)}</div>' if pictures else ""
         body.append(
-            f'<article>{shown}<div class="words">'
-            f'<div>{html.escape(row["question"])}</div>{options}<div class="answer">{html.escape(row["answer"])}</div>'
-            f'<div class="thought">{html.escape(row["thought"])}</div><div class="thought">{html.escape(scene)}</div></div>'
+            f'<article>{left}<div class="words">'
+            f'<div>{shown(row["question"])}</div>{options}<div class="answer">{shown(row["answer"])}</div>'
+            f'<div class="thought">{shown(row["thought"])}</div><div class="thought">{shown(scene)}</div></div>'
             f"{plan_svg(room, asked, frames)}</article>"
         )
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Stage 0</title><style>{STYLE}</style><body>'
@@ -1412,7 +1441,7 @@ def write_gallery(rows, room_of, path):
         "<h1>Questions, and the geometry behind them</h1><p>Beside each question stands the room from above: one square is a "
         "metre, the asked objects are filled, blue is where the camera stood and looked, numbered as the pictures.</p>"
     )
-    path.write_text(page + lead + "\n".join(body) + "</body></html>", encoding="utf-8")
+    common.write_whole(path, page + lead + "\n".join(body) + "</body></html>")
 
 
 def draw_gallery(root, path, seed, columns=4, scale=3):
@@ -1436,7 +1465,8 @@ def draw_gallery(root, path, seed, columns=4, scale=3):
         for word in words:
             lines = lines + [word] if len(lines[-1]) + len(word) > 52 else lines[:-1] + [f"{lines[-1]} {word}".strip()]
         draw.text((x + 2, y + tile + 2), "\n".join(lines), fill="black")
-    sheet.save(path)
+    with common.naming(path):
+        sheet.save(path)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1502,6 +1532,7 @@ def train_base(settings, root, folder):
     """Teach a new model's vision tower to say, at every picture token, what stands there: the colour and shape of the
     object whose middle lies in this cell, scored against the WORD EMBEDDINGS of their names, so that pictures and words
     meet; and its box. The language model is untouched. It plays the part of Qwen's pre-training; without it nothing grounds.
+    `folder`/model appears when it is whole.
     """
     rank, size = common.world()
     texts = []
@@ -1582,9 +1613,17 @@ def train_base(settings, root, folder):
     common.say("base, on held-out pictures: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "scores.json").write_text(json.dumps(scores, indent=2))
-        for part in (model, tokenizer, processor):
-            part.save_pretrained(folder / "model")
+        common.write_whole(folder / "scores.json", json.dumps(scores, indent=2))
+        new, old = folder / "model.new", folder / "model.old"
+        for left in (new, old):
+            shutil.rmtree(left, ignore_errors=True)
+        with common.naming(new):
+            for part in (model, tokenizer, processor):
+                part.save_pretrained(new)
+        if (folder / "model").exists():
+            (folder / "model").rename(old)
+        new.rename(folder / "model")
+        shutil.rmtree(old, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1608,23 +1647,32 @@ def prepare(root, config, settings):
                         "to make it anew, or another folder."
                     )
         if manifest.is_file():
+            drop_parts(root)
             common.say(f"found the data in {root}; --resume never makes it anew")
             return False
     else:
+        for name in ("manifest.json", *common.FILES.values(), "objects.jsonl"):  # first: they need the pictures
+            (root / name).unlink(missing_ok=True)
         for name in ("parts", "heldout", "scans", "images"):
             shutil.rmtree(root / name, ignore_errors=True)
-        manifest.unlink(missing_ok=True)
     root.mkdir(parents=True, exist_ok=True)
-    begun.write_text(json.dumps({"config": config}))
+    common.write_whole(begun, json.dumps({"config": config}))
     return True
+
+
+def drop_parts(root):
+    """Delete what was kept for a run that might be stopped."""
+    for folder in (root, root / "heldout"):
+        shutil.rmtree(folder / "parts", ignore_errors=True)
+    (root / "parts.json").unlink(missing_ok=True)
 
 
 def finish(root, config, facts):
     """Write the manifest: the data is complete."""
     rules = {name: {"value": value, "from": origin, "meaning": text} for name, (value, origin, text) in RULE_TABLE.items()}
     facts = {"config": config, "rules": rules, "dropped_nyu40": sorted(DROPPED_NYU40)} | facts
-    (root / "manifest.json").write_text(json.dumps(facts, indent=2))
-    (root / "parts.json").unlink()
+    common.write_whole(root / "manifest.json", json.dumps(facts, indent=2))
+    drop_parts(root)
 
 
 def main_real(settings):
@@ -1669,7 +1717,8 @@ def main():
     if settings.source not in ("toy", "scannet", "meta"):
         raise SystemExit(f"--source {settings.source}: choose toy, scannet or meta.")
     settings.traces = settings.traces or (600 if settings.source == "toy" else 1255)
-    (main_toy if settings.source == "toy" else main_real)(settings)
+    with common.stop_at_once(settings):
+        (main_toy if settings.source == "toy" else main_real)(settings)
 
 
 if __name__ == "__main__":

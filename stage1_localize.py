@@ -38,7 +38,7 @@ PRESETS = {
     },
     # The paper: one epoch, 16 rows a step, 1e-5 for full tuning, pictures of 16 to 128 tokens.
     "3b": {
-        "model": "Qwen/Qwen2.5-VL-3B-Instruct", "lr": 1e-4, "scenes": 16, "checkpointing": True,
+        "model": "Qwen/Qwen2.5-VL-3B-Instruct", "lr": 1e-4, "scenes": 16, "checkpointing": True, "batch": 16,
         "min_pixels": 16 * 28 * 28, "max_pixels": 128 * 28 * 28,
     },
 }  # fmt: skip
@@ -47,13 +47,15 @@ PRESETS = {
 # 2. The idea: see before you reason
 # ------------------------------------------------------------------------------------------------
 
+NEW_TOKENS = 128  # of the longest answer
 
-def localization_scores(backbone, scenes, keep=False):
+
+def localization_scores(backbone, scenes, batch=128, keep=False):
     """Greedy answers to the localisation rows of held-out scenes.
 
     Returns {"iou": mean IoU, "acc50": share of wanted boxes met with IoU >= 0.5} and the examples and texts.
     """
-    examples, texts = common.generate_answers(backbone, scenes, "locate", 128, keep=keep)
+    examples, texts = common.generate_answers(backbone, scenes, "locate", NEW_TOKENS, batch=batch, keep=keep)
     overlaps = []
     for example, text in zip(examples, texts):
         predicted = common.match_boxes(common.parse_boxes(text), example.answer)
@@ -80,12 +82,12 @@ def main():
     common.adapt(backbone, settings)
 
     def evaluate(backbone, step):
-        scores, examples, texts = localization_scores(backbone, heldout, settings.keep_features)
+        scores, examples, texts = localization_scores(backbone, heldout, settings.batch, settings.keep_features)
         common.log_samples(folder, step, examples, texts)
         return scores
 
     panels = {"loss": ["loss"], "held-out boxes": ["iou", "acc50"], "gradient norm": ["grad_norm"]}
-    common.sft(backbone, packs, settings, folder, first_step, evaluate, panels)
+    common.sft(backbone, packs, settings, folder, first_step, evaluate, panels, NEW_TOKENS)
     common.save_run(backbone, folder)
     common.end_processes()
 

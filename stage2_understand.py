@@ -31,7 +31,7 @@ from common import TrainSettings, setting
 class UnderstandSettings(TrainSettings):
     """Stage 2. Each share is of the rows in the data: 0 = none, 1 = all, in between = drawn once."""
 
-    direct: float = setting(1.0, "share of the spatial rows, answered directly")
+    direct: float = setting(1.0, "share of the spatial rows, answered directly; 0: none")
     worked: float = setting(0.0, "share of the toy's worked answers")
     replay: float = setting(0.0, "share of the localisation rows of stage 1, kept in the mix")
 
@@ -44,12 +44,17 @@ PRESETS = {
         "direct": 0.4, "worked": 1.0, "replay": 1.0,
     },
     # The paper: one epoch, 16 rows a step, 1e-5 for full tuning.
-    "3b": {"lr": 1e-4, "scenes": 4, "branches": 9, "checkpointing": True, "min_pixels": 16 * 28 * 28, "max_pixels": 128 * 28 * 28},
+    "3b": {
+        "lr": 1e-4, "scenes": 4, "branches": 9, "checkpointing": True, "batch": 16,
+        "min_pixels": 16 * 28 * 28, "max_pixels": 128 * 28 * 28,
+    },
 }  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------
 # 2. The idea: many kinds of questions, one scene
 # ------------------------------------------------------------------------------------------------
+
+NEW_TOKENS = 160  # of the longest answer, a worked one
 
 
 def mix(scenes, settings):
@@ -83,16 +88,20 @@ def main():
     def evaluate(backbone, step):
         scores = {}
         for mode in ["direct"] + ["work"] * (settings.worked > 0):
-            examples, texts = common.generate_answers(backbone, heldout, mode, 160, keep=settings.keep_features)
+            examples, texts = common.generate_answers(
+                backbone, heldout, mode, NEW_TOKENS, batch=settings.batch, keep=settings.keep_features
+            )
             scores[mode] = float(common.score_answers(texts, examples)[0].mean())
             common.log_samples(folder, step, examples, texts)
         if boxes:
-            examples, texts = common.generate_answers(backbone, boxes, "locate", 128, keep=settings.keep_features)
+            examples, texts = common.generate_answers(
+                backbone, boxes, "locate", NEW_TOKENS, batch=settings.batch, keep=settings.keep_features
+            )
             scores["iou"] = float(common.score_answers(texts, examples)[0].mean())
         return scores
 
     panels = {"loss": ["loss"], "held-out scores": ["direct", "work", "iou"], "gradient norm": ["grad_norm"]}
-    common.sft(backbone, packs, settings, folder, first_step, evaluate, panels)
+    common.sft(backbone, packs, settings, folder, first_step, evaluate, panels, NEW_TOKENS)
     common.save_run(backbone, folder)
     common.end_processes()
 

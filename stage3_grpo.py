@@ -20,6 +20,8 @@ Writes runs/<preset>/coldstart and runs/<preset>/stage3, each with metrics.jsonl
 model/ (and adapter/).
 """
 
+import json
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,14 +38,17 @@ from common import TrainSettings, setting
 # ------------------------------------------------------------------------------------------------
 
 
+LOSSES = ("grpo", "dapo", "dr_grpo")
+
+
 @dataclass
 class GRPOSettings(TrainSettings):
     """Stage 3. lr, steps and the like are GRPO's; what begins with cold_ is the cold start's."""
 
     cold_lr: float = setting(1e-4, "cold start: highest learning rate of AdamW")
     cold_muon_lr: float = setting(0.009, "cold start: highest learning rate of Muon")
-    cold_tune: str = setting("lora", "cold start: lora or full")
-    cold_optimizer: str = setting("adamw", "cold start: adamw or muon")
+    cold_tune: str = setting("lora", "cold start: lora or full", common.TUNES)
+    cold_optimizer: str = setting("adamw", "cold start: adamw or muon", common.OPTIMIZERS)
     cold_steps: int = setting(0, "cold start: optimiser steps; 0: one pass over the traces")
     cold_scenes: int = setting(16, "cold start: scenes in an optimiser step")
     cold_mix: float = setting(0.0, "cold start: rows of stage 2 mixed in, for each trace")
@@ -56,7 +61,9 @@ class GRPOSettings(TrainSettings):
     epsilon_low: float = setting(0.2, "the ratio is clipped at 1 - epsilon_low ...")
     epsilon_high: float = setting(0.2, "... and at 1 + epsilon_high")
     beta: float = setting(0.01, "weight of the KL to the starting policy; 0: none")
-    loss_type: str = setting("grpo", "mean over: grpo, each sequence, then sequences; dapo, all tokens; dr_grpo, a constant")
+    loss_type: str = setting(
+        "grpo", "mean over: grpo, each sequence, then sequences; dapo, all tokens; dr_grpo, a constant", LOSSES
+    )
     mu: int = setting(1, "updates with the same rollout")
     mask_overlong: bool = setting(False, "leave completions that were cut at max_new_tokens out of the loss")
     legal_format: bool = setting(True, "pay the format only with a legal answer; false: the paper")
@@ -73,7 +80,8 @@ PRESETS = {
     },
     # The paper: G = 4 in its script, beta .01, 1,024 new tokens, temperature 1, one epoch.
     "3b": {
-        "prompts": 4, "group": 8, "lr": 1e-5, "checkpointing": True, "min_pixels": 16 * 28 * 28, "max_pixels": 128 * 28 * 28,
+        "prompts": 4, "group": 8, "lr": 1e-5, "checkpointing": True, "batch": 16,
+        "min_pixels": 16 * 28 * 28, "max_pixels": 128 * 28 * 28,
     },
 }  # fmt: skip
 
@@ -164,8 +172,16 @@ def check(settings):
         raise SystemExit("--tune full has no adapter to switch off, so there is no reference: give --beta 0 or --tune lora.")
     if settings.train_vision:
         raise SystemExit("--train_vision: stage 3 keeps the vision tower frozen; its rollouts share the pictures' features.")
-    if settings.loss_type not in ("grpo", "dapo", "dr_grpo"):
-        raise SystemExit(f"--loss_type {settings.loss_type}: choose grpo, dapo or dr_grpo.")
+    if settings.loss_type not in LOSSES:
+        raise SystemExit(f"--loss_type {settings.loss_type}: choose from {', '.join(LOSSES)}.")
+    if round(settings.locate * settings.prompts) >= settings.prompts:
+        raise SystemExit(f"--locate {settings.locate} leaves no spatial question among --prompts {settings.prompts}: give less.")
+
+
+def prompt_ids(backbone, example):
+    """Token ids of the question and of what opens the answer."""
+    words = common.prompt_text(example, "locate" if example.question_type == "locate" else "think") + common.BRANCH_END
+    return list(common.encode_text(backbone.tokenizer, words))
 
 
 def rollout(backbone, prompts, settings):
@@ -175,8 +191,7 @@ def rollout(backbone, prompts, settings):
     """
     prefixes = []
     for (_, example), prefix in zip(prompts, common.encode_scenes(backbone, [s for s, _ in prompts], settings.keep_features)):
-        words = common.prompt_text(example, "locate" if example.question_type == "locate" else "think") + common.BRANCH_END
-        prefixes.append(common.extend_prefix(prefix, list(common.encode_text(backbone.tokenizer, words))))
+        prefixes.append(common.extend_prefix(prefix, prompt_ids(backbone, example)))
     empty = [[[]] * settings.group for _ in prefixes]  # a rollout's branches start with nothing
     return prefixes, common.branch_generate(backbone, prefixes, empty, settings.max_new_tokens, settings.temperature)
 
@@ -189,11 +204,23 @@ def grpo(backbone, prompts, settings, folder, first_step, evaluate):
     asked = [p for p in prompts if p[1].question_type != "locate"]
     n_located = round(settings.locate * settings.prompts) if located else 0
     check(settings)
-    steps = settings.steps or len(asked) // (settings.prompts - n_located)
+    if not asked:
+        raise SystemExit(f"{settings.data} has no spatial questions to ask.")
+    if settings.prompts < size:
+        raise SystemExit(f"--prompts {settings.prompts} cannot be shared by {size} processes: give at least {size}.")
+    steps = settings.steps or max(1, len(asked) // (settings.prompts - n_located))
     last = min(steps, settings.max_steps or steps)
     optimizers = common.make_optimizers(backbone.model, settings)
     if first_step:
         common.load_checkpoint(folder, backbone, optimizers)
+    prefix = max(common.scene_length(backbone, scene) for scene in {id(scene): scene for scene, _ in prompts}.values())
+    prefix += len(prompt_ids(backbone, max((e for _, e in prompts), key=lambda e: len(common.prompt_text(e, "think")))))
+    share, longest = math.ceil(settings.prompts / size), settings.max_new_tokens
+    part = min(settings.micro_scenes, share)
+    common.check_memory(
+        backbone, settings, [prefix] * part, [[longest] * settings.group] * part, part * settings.group * longest,
+        max(settings.batch, share * settings.group), prefix + longest,
+    )  # fmt: skip
     bar = tqdm(range(first_step, last), initial=first_step, total=last, desc=folder.name, disable=rank > 0)
     scores, skipped = {}, 0
     for step in bar:
@@ -296,6 +323,9 @@ def cold_start(settings):
         eval_every=settings.cold_eval_every,
     )  # fmt: skip
     if cold.resume == "auto" and (Path(cold.out) / "model" / "config.json").is_file():
+        if (made := Path(cold.out) / "config.json").is_file():
+            names = ["preset", "model", "data"] + [name for name in vars(cold) if name.startswith("cold_")]
+            common.refuse_others(cold.out, json.loads(made.read_text(encoding="utf-8")), vars(cold), names)
         common.say(f"found the cold start in {cold.out}; --resume never makes it anew")
         return f"{cold.out}/model"
     folder, first_step = common.start_run(cold)
@@ -308,7 +338,7 @@ def cold_start(settings):
     def evaluate(backbone, step):
         common.seed_step(cold, step)
         examples, texts = common.generate_answers(
-            backbone, probe, "think", cold.max_new_tokens, cold.temperature, keep=cold.keep_features
+            backbone, probe, "think", cold.max_new_tokens, cold.temperature, cold.batch, cold.keep_features
         )
         accuracy, legal = common.score_answers(texts, examples)
         formed = (common.score_format(texts) > 0) & legal
@@ -316,7 +346,10 @@ def cold_start(settings):
         return {"format": float(formed.mean()), "accuracy_given_format": float(accuracy[formed].mean()) if formed.any() else 0.0}
 
     panels = {"loss": ["loss"], "sampled, training scenes": ["format", "accuracy_given_format"]}
-    common.sft(backbone, packs, cold, folder, first_step, evaluate, panels, stop=lambda s: s["format"] >= cold.cold_format)
+    common.sft(
+        backbone, packs, cold, folder, first_step, evaluate, panels, cold.max_new_tokens,
+        stop=lambda scores: scores["format"] >= cold.cold_format,
+    )  # fmt: skip
     common.save_run(backbone, folder)
     return f"{cold.out}/model"
 
@@ -340,7 +373,7 @@ def main():
         for name, scenes in (("think", heldout), ("iou", boxes)):
             if scenes:
                 examples, texts = common.generate_answers(
-                    backbone, scenes, "think", settings.max_new_tokens, keep=settings.keep_features
+                    backbone, scenes, "think", settings.max_new_tokens, batch=settings.batch, keep=settings.keep_features
                 )
                 scores[name] = float(common.score_answers(texts, examples)[0].mean())
         return scores
