@@ -25,7 +25,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import traceback
 import unicodedata
 import zlib
 from collections import Counter
@@ -616,14 +618,17 @@ def branch_attention(module, query, key, value, attention_mask, scaling=None, la
         rows = packed[0].transpose(0, 1).index_select(0, slots.flatten())  # (rows * longest, H, D)
         return rows.unflatten(0, slots.shape).transpose(1, 2)
 
-    gqa = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    def attend(query, key, value, **how):
+        return F.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=query.shape[1] > key.shape[1], **how)
+
     prefix_key, prefix_value = pad(key, layout.prefix), pad(value, layout.prefix)  # (B, kv heads, P, D)
-    prefix_out = F.scaled_dot_product_attention(pad(query, layout.prefix), prefix_key, prefix_value, is_causal=True, **gqa)
+    prefix_out = attend(pad(query, layout.prefix), prefix_key, prefix_value, is_causal=True)
     branch_key = torch.cat([prefix_key.index_select(0, layout.owner), pad(key, layout.branch)], dim=2)  # (N, kv, P + C, D)
     branch_value = torch.cat([prefix_value.index_select(0, layout.owner), pad(value, layout.branch)], dim=2)
-    branch_out = F.scaled_dot_product_attention(
-        pad(query, layout.branch), branch_key, branch_value, attn_mask=layout.mask, **gqa
-    )
+    if query.is_cuda:  # a mask and grouped heads together would leave the one kernel that writes all scores to memory
+        groups = query.shape[1] // key.shape[1]
+        branch_key, branch_value = (part.repeat_interleave(groups, dim=1) for part in (branch_key, branch_value))
+    branch_out = attend(pad(query, layout.branch), branch_key, branch_value, attn_mask=layout.mask)
     out = [part.transpose(1, 2).flatten(0, 1) for part in (prefix_out, branch_out)]  # each (rows * longest, heads, D)
     return torch.cat(out).index_select(0, layout.unpad)[None], None
 
@@ -1013,6 +1018,8 @@ def parse_settings(cls, presets, stage, before="", argv=None):
     if preset not in presets:
         parser.error(f"--preset {preset} is unknown; choose from {', '.join(presets)}")
     parser.set_defaults(**presets[preset])
+    if os.environ.get("RANK", "0") != "0":
+        parser._print_message = lambda *args: None  # the first process says what is wrong with the flags
     settings = cls(**vars(parser.parse_args(argv)))
     for part in fields(settings):
         value, zero = getattr(settings, part.name), part.default == 0 or re.search(r"\b0:", part.metadata["help"])
@@ -1030,7 +1037,7 @@ def device_name():
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
-_started = []  # by start_processes
+_started, _over = [], threading.Event()  # processes started here; set when they may end without any alarm
 
 
 def start_processes(settings):
@@ -1045,17 +1052,64 @@ def start_processes(settings):
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(settings.processes), "RANK": "0"}
+        os.environ |= {"STARTED_BY": str(os.getpid()), "TORCH_CPP_LOG_LEVEL": "ERROR"}
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: one that still imports cannot be stopped well,
         for rank in range(1, settings.processes):  # and its parent would wait for it for ever
             more = os.environ | {"RANK": str(rank)}
             _started.append(subprocess.Popen([sys.executable, *sys.argv], env=more, stdout=subprocess.DEVNULL))
         signal.signal(signal.SIGINT, before)
+    if "STARTED_BY" in os.environ:
+        threading.Thread(target=watch, daemon=True).start()
     if "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(device_name())
         else:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+LOST = "one of the processes ended; what is saved is whole; the same command goes on"
+
+
+def watch():
+    """In a thread of each process: end it soon after one that it has started, or that has started it, ends before its time.
+    (Its work may be far from the next exchange with that one. Under torchrun, torchrun does this.)"""
+    while not _over.wait(0.5):
+        ended = any(process.poll() not in (None, 0, 130) for process in _started)  # 130: asked to stop, as we are too
+        if ended or int(os.environ["STARTED_BY"]) not in (os.getpid(), os.getppid()):
+            fail(LOST)
+
+
+def fail(words):
+    """End this process, and those that it has started. Only the first process that fails says why: most errors are raised in
+    all of them, and the others follow from its end."""
+    first = os.environ["RANK"] == "0"
+    if dist.is_initialized():
+        try:
+            first = dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+        except RuntimeError:  # the store went down with process 0
+            first = os.environ["RANK"] == "1"
+    if first:
+        print(f"\n{words}", file=sys.stderr, flush=True)  # a new line: there may be a bar
+    else:
+        time.sleep(1)  # the first one may still be speaking
+    for process in _started:
+        process.kill()
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def ending_together():
+    """Used as a decorator of a main: an error in one process ends them all, and is told once."""
+    try:
+        yield
+    except BaseException as error:
+        alone = "RANK" not in os.environ or os.environ["WORLD_SIZE"] == "1"
+        if alone or isinstance(error, SystemExit) and not isinstance(error.code, str):
+            raise
+        if isinstance(error, RuntimeError) and re.search(r"gloo.*(Connection|Broken pipe)", str(error)):
+            fail(LOST)
+        fail(error.code if isinstance(error, SystemExit) else traceback.format_exc().strip())
 
 
 _signals = []  # received since the start: a first one asks to stop
@@ -1100,6 +1154,7 @@ def stop_at_once(settings):
     again = "the same command goes on" + (" when --resume never is left out" if settings.resume == "never" else "")
 
     def end_others():
+        _over.set()
         for process in (*multiprocessing.active_children(), *_started):
             process.kill()
 
@@ -1306,8 +1361,8 @@ def check_memory(backbone, settings, *largest):
     """Print one line of what training needs at its largest (arguments as memory_budget). Raises SystemExit, naming the
     settings to lower, if that is more than there is: better now than in step 40."""
     (parts, peak), there = memory_budget(backbone, settings, *largest), device_memory(backbone.device)
-    line = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-    say(f"memory in GB: {line}, not all at once; at most {peak / 1e9:.2f} of {there / 1e9:.2f}")
+    line = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in parts.items())
+    say(f"memory in MB: {line}, not all at once; at most {peak / 1e6:,.0f} of {there / 1e6:,.0f}")
     if peak > there:
         most = max(LOWER, key=parts.get)
         raise SystemExit(f"This needs {peak / 1e9:.1f} GB, and there are {there / 1e9:.1f}. Most are {most}: try {LOWER[most]}.")
@@ -1340,8 +1395,10 @@ def start_run(settings):
     config, step = asdict(settings), 0
     if settings.resume not in ("auto", "never"):
         raise SystemExit(f"--resume {settings.resume}: choose auto or never.")
-    if checkpoint.with_suffix(".old").is_dir() and not checkpoint.is_dir():
+    if world()[0] == 0 and checkpoint.with_suffix(".old").is_dir() and not checkpoint.is_dir():
         checkpoint.with_suffix(".old").rename(checkpoint)  # stopped between the two renames of a save
+    if dist.is_initialized():
+        dist.barrier()
     if settings.resume == "auto" and (checkpoint / "state.json").is_file():
         try:
             state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
@@ -1428,7 +1485,7 @@ def load_checkpoint(folder, backbone, optimizers):
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # every part of it has errors of its own
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = re.split(r"\. |\n", str(error).strip() or repr(error))[0]  # not torch's advice to load it all the same
         raise SystemExit(f"{checkpoint} cannot be continued ({reason}). --resume never starts anew.") from None
 
 
@@ -1663,6 +1720,7 @@ def save_run(backbone, folder):
 
 def end_processes():
     """Let all processes end together."""
+    _over.set()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

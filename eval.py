@@ -40,6 +40,8 @@ from tqdm import tqdm
 import common
 from common import Example, Settings, setting
 
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else reading a file on this disk is told to a server
+
 # ------------------------------------------------------------------------------------------------
 # 1. Settings
 # ------------------------------------------------------------------------------------------------

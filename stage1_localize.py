@@ -68,6 +68,7 @@ def localization_scores(backbone, scenes, batch=128, keep=False):
 # ------------------------------------------------------------------------------------------------
 
 
+@common.ending_together()
 def main():
     """Read, adapt, train, write."""
     settings = common.parse_settings(LocalizeSettings, PRESETS, "stage1", before="base")

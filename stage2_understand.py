@@ -71,6 +71,7 @@ def mix(scenes, settings):
 # ------------------------------------------------------------------------------------------------
 
 
+@common.ending_together()
 def main():
     """Read, adapt, train, write."""
     settings = common.parse_settings(UnderstandSettings, PRESETS, "stage2", before="stage1")

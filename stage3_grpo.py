@@ -173,7 +173,9 @@ def check(settings):
     if settings.train_vision:
         raise SystemExit("--train_vision: stage 3 keeps the vision tower frozen; its rollouts share the pictures' features.")
     if settings.loss_type not in LOSSES:
-        raise SystemExit(f"--loss_type {settings.loss_type}: choose from {', '.join(LOSSES)}.")
+        raise SystemExit(f"--loss_type {settings.loss_type}: choose grpo, dapo or dr_grpo.")
+    if settings.prompts < (size := common.world()[1]):
+        raise SystemExit(f"--prompts {settings.prompts} cannot be shared by {size} processes: give at least {size}.")
     if round(settings.locate * settings.prompts) >= settings.prompts:
         raise SystemExit(f"--locate {settings.locate} leaves no spatial question among --prompts {settings.prompts}: give less.")
 
@@ -206,8 +208,6 @@ def grpo(backbone, prompts, settings, folder, first_step, evaluate):
     check(settings)
     if not asked:
         raise SystemExit(f"{settings.data} has no spatial questions to ask.")
-    if settings.prompts < size:
-        raise SystemExit(f"--prompts {settings.prompts} cannot be shared by {size} processes: give at least {size}.")
     steps = settings.steps or max(1, len(asked) // (settings.prompts - n_located))
     last = min(steps, settings.max_steps or steps)
     optimizers = common.make_optimizers(backbone.model, settings)
@@ -354,11 +354,12 @@ def cold_start(settings):
     return f"{cold.out}/model"
 
 
+@common.ending_together()
 def main():
     """The cold start, then GRPO from its model."""
     settings = common.parse_settings(GRPOSettings, PRESETS, "stage3", before="stage2")
-    check(settings)  # now, not after the cold start
     common.start_processes(settings)
+    check(settings)  # now, not after the cold start
     model = cold_start(settings)
     folder, first_step = common.start_run(settings)
     backbone = common.load_backbone(model, settings.load, settings.min_pixels, settings.max_pixels, common.device_name())

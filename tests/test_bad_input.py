@@ -167,8 +167,8 @@ def test_a_link_out_of_the_images_folder_is_refused(data, target):  # noqa: F811
     beside.mkdir()
     shutil.copy(data / "images" / ONE, beside / "a.jpg")
     name, goal = {
-        "/etc/passwd": ("link.jpg", "/etc/passwd"), "beside": ("link.jpg", beside / "a.jpg"), "folder beside": ("link/a.jpg", beside),
-        "itself": ("link.jpg", "link.jpg"), "nowhere": ("link.jpg", beside / "b.jpg"),
+        "/etc/passwd": ("link.jpg", "/etc/passwd"), "itself": ("link.jpg", "link.jpg"), "folder beside": ("link/a.jpg", beside),
+        "beside": ("link.jpg", beside / "a.jpg"), "nowhere": ("link.jpg", beside / "b.jpg"),
     }[target]  # fmt: skip
     (data / "images" / name.split("/")[0]).symlink_to(goal)
     change(data, SPATIAL, 2, image=[name])

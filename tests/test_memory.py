@@ -144,7 +144,7 @@ def test_what_does_not_fit_is_refused_with_the_setting_to_lower(backbone, monkey
     monkeypatch.setattr(common, "memory_budget", lambda *_: (parts, sum(parts.values())))
     monkeypatch.setattr(common, "device_memory", lambda device: 11.5e9)
     common.check_memory(backbone, SimpleNamespace())
-    assert re.search(r"weights \d\.00, .* at most 11\.00 of 11\.50", capsys.readouterr().err)
+    assert re.search(r"weights \d,000, .* at most 11,000 of 11,500", capsys.readouterr().err)
     monkeypatch.setattr(common, "device_memory", lambda device: 10e9)
     with pytest.raises(SystemExit, match=re.escape(named)):
         common.check_memory(backbone, SimpleNamespace())

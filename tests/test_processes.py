@@ -1,0 +1,237 @@
+"""Training in two processes, under torchrun and under --processes 2: the same update, one that writes, one end."""
+
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import common
+import stage1_localize
+import stage2_understand
+import stage3_grpo
+
+SCRIPTS = {"stage1": stage1_localize, "stage2": stage2_understand, "stage3": stage3_grpo}
+FORK = multiprocessing.get_context("fork")
+LINE = "one of the processes ended; what is saved is whole; the same command goes on"
+
+
+# What each process does: this file run as a script, in the place of the stage that SCRIPT names
+
+
+def completions(backbone, example, count):
+    """`count` completions that depend on the example alone: in most groups some are right, wrong, and cut."""
+    number = zlib.crc32(example.id.encode())
+    right = f"<think> x </think><answer>{example.answer}</answer>"
+    texts = [common.boxes_text(example.answer) if example.question_type == "locate" else right, "<answer>B 1</answer>", "no"]
+    ids = [backbone.tokenizer(texts[(number + n) % 3 if number % 4 else 0])["input_ids"] for n in range(count)]
+    return [some + backbone.stop[:1] if len(some) % 2 else some for some in ids]
+
+
+def act():
+    """Run the stage with a rollout that depends on no seed, with the fault asked for, and note what is written."""
+    rank, out, written = os.environ.get("RANK", "0"), sys.argv[sys.argv.index("--out") + 1], []
+    fault, guilty, others = (os.environ.get("FAULT") or "no no no").split()  # such as kill 1 busy
+    step, rollout = common.optimizer_step, stage3_grpo.rollout
+
+    def die():
+        Path(out, "..", "died").write_text(str(time.time()))
+        if fault == "raise":
+            raise ValueError("a fault of one process")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def faulty_step(model, optimizers, settings, number, steps):
+        if number == 1 and rank == guilty:
+            die()
+        if number == 1 and others == "busy":
+            time.sleep(100)  # far from the next exchange
+        return step(model, optimizers, settings, number, steps)
+
+    def seedless_rollout(backbone, prompts, settings):
+        prefixes, _ = rollout(backbone, prompts, replace(settings, max_new_tokens=1))
+        return prefixes, [completions(backbone, example, settings.group) for _, example in prompts]
+
+    def note(event, args):
+        writes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") or event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
+        if writes and str(args[0]).startswith(str(Path(out).parent / "")) and "written" not in str(args[0]):
+            written.append(f"{event} {args[0]}")
+
+    def noted(save):
+        return lambda what, path, *args: (written.append(f"save {path}"), save(what, path, *args))
+
+    if fault == "early" and rank == guilty:
+        die()
+    common.optimizer_step, stage3_grpo.rollout = faulty_step, seedless_rollout
+    torch.save, common.save_file = noted(torch.save), noted(common.save_file)  # these open files past Python
+    sys.addaudithook(note)
+    importlib.import_module(os.environ["SCRIPT"]).main()
+    Path(out, "..", f"written.{rank}").write_text(json.dumps(written))
+
+
+if __name__ == "__main__":
+    act()
+    sys.exit()
+
+
+# How it is started
+
+
+def inside(folder, flags, more):
+    """A first process without the seconds that its imports take; all that it and the others say goes to `folder`/said."""
+    os.setsid()
+    os.environ |= more
+    sys.argv = [__file__, *flags]
+    said = os.open(folder / "said", os.O_WRONLY | os.O_CREAT)
+    for number in (1, 2):
+        os.dup2(said, number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1) for number in (1, 2))
+    act()
+
+
+def alive(folder):
+    """The processes that work for this run, without those that nobody has buried yet."""
+    lines = subprocess.run(["ps", "-A", "-o", "stat=,args=", "-ww"], capture_output=True, text=True).stdout.splitlines()
+    return [line for line in lines if f"{folder}/" in line and line[0] != "Z"]
+
+
+def run(folder, way, script, *flags, fault=""):
+    """Run a stage to its end, in `folder`/stage. way: "one", "ours" (--processes 2) or "torchrun".
+
+    Returns (exit status, what all have said, seconds from the fault, if there was one, to the end of the last process).
+    """
+    folder.mkdir()
+    flags = [str(flag) for flag in ("--out", folder / script, *flags)]
+    more = {"SCRIPT": SCRIPTS[script].__name__, "FAULT": fault, "OMP_NUM_THREADS": "1"}
+    if way == "torchrun":
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, *flags]
+        with open(folder / "said", "w") as said:
+            code = subprocess.run(launch, env=os.environ | more, stdout=said, stderr=said, timeout=120).returncode
+    else:
+        flags += ["--processes", "1" if way == "one" else "2"]
+        process = FORK.Process(target=inside, args=(folder, flags, more))
+        process.start()
+        process.join(120)
+        code = process.exitcode
+    while left := alive(folder):
+        time.sleep(0.1)
+        died = folder / "died"
+        assert not died.exists() or time.time() - float(died.read_text()) < 40, left
+    seconds = time.time() - float((folder / "died").read_text()) if (folder / "died").exists() else 0
+    return code, (folder / "said").read_text(), seconds
+
+
+@pytest.fixture(scope="module")
+def common_flags(tiny_model, ladder_data):
+    return ("--preset", "3b", "--data", ladder_data, "--model", tiny_model, "--load", "fp32", "--warmup", "0", "--lr", "1e-3",
+            "--min_pixels", 56 * 56, "--max_pixels", 84 * 84, "--eval_scenes", "1", "--max_steps", "3")  # fmt: skip
+
+
+SFT = ("--scenes", "3", "--branches", "2", "--steps", "4")
+FLAGS = {  # odd counts, so that the shares are unequal; one held-out scene: the second process has none
+    "stage1": SFT,
+    "stage2": (*SFT, "--tune", "full", "--optimizer", "muon", "--micro_scenes", "2"),
+    "stage3": ("--prompts", "3", "--group", "4", "--mu", "2", "--beta", "0.1", "--locate", "0.3", "--max_new_tokens", "8",
+               "--steps", "4", "--cold_lr", "1e-3", "--cold_scenes", "3", "--cold_steps", "2"),
+    "alone": (*SFT, "--scenes", "1"),  # one scene in a step: the second process has none at all
+}  # fmt: skip
+FAULTS = {  # who dies how, and what the others are doing
+    "killed": "kill 1 ready", "first killed": "kill 0 ready", "raised": "raise 1 ready", "killed, others busy": "kill 1 busy",
+    "first killed, others busy": "kill 0 busy", "killed before joining": "early 1 ready",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(common_flags, tmp_path_factory):
+    """{(name, way): (its folder, exit status, what was said, seconds from the fault to the end)}."""
+    root = tmp_path_factory.mktemp("processes")
+    jobs = []
+    for name, flags in FLAGS.items():
+        for way in ("one", "ours" if name == "alone" else "torchrun"):
+            jobs.append((name, way, name if name in SCRIPTS else "stage1", flags, ""))
+    for name, fault in FAULTS.items():
+        for way in ["ours"] + ["torchrun"] * (name in ("killed", "first killed", "raised")):
+            jobs.append((name, way, "stage1", SFT, fault))
+    for way in ("ours", "torchrun"):
+        jobs.append(("no data", way, "stage1", (*SFT, "--data", root / "nowhere"), ""))
+        jobs.append(("too few prompts", way, "stage3", ("--prompts", "1"), ""))
+
+    def work(job):
+        name, way, script, flags, fault = job
+        folder = root / f"{name}-{way}".replace(" ", "_")
+        began = time.time()
+        out = folder, *run(folder, way, script, *common_flags, *flags, fault=fault)
+        print(name, way, out[1], out[3], time.time() - began)
+        return (name, way), out
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(pool.map(work, jobs))
+
+
+def rows(folder):
+    """metrics.jsonl without the times, and without what the cold start samples: that depends on the rank."""
+    timed = ("seconds", "rollout_seconds", "update_seconds", *["accuracy_given_format"] * (folder.name == "coldstart"))
+    return [{k: v for k, v in row.items() if k not in timed} for row in common.read_jsonl(folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("name, stage, steps", [
+    ("stage1", "stage1", 3), ("stage2", "stage2", 3), ("stage3", "coldstart", 2), ("stage3", "stage3", 3), ("alone", "stage1", 3),
+])  # fmt: skip
+def test_two_processes_make_the_same_update_as_one(name, stage, steps, done, tiny_model):
+    one, two = (done[name, way] for way in ("one", "ours" if name == "alone" else "torchrun"))
+    assert one[1] == two[1] == 0, one[2] + two[2]
+    runs = [folder / stage for folder, *_ in (one, two)]
+    found = [load_file(run / "checkpoint" / "weights.safetensors") for run in runs]
+    start = load_file(tiny_model / "model.safetensors")
+    moved = max((w - start[n] if n in start else w * ("lora_B" in n)).abs().max().item() for n, w in found[0].items())  # B from 0
+    print(moved, max((found[0][n] - found[1][n]).abs().max().item() for n in found[0]))
+    assert moved > 1e-3 and all(torch.allclose(found[0][n], found[1][n], rtol=0, atol=1e-5) for n in found[0])
+    logs = [rows(run) for run in runs]
+    assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]] == list(range(1, steps + 1))
+    for first, second in zip(*logs):
+        print(first, second)
+        assert set(first) == set(second)
+        assert all(np.isclose(first[key], second[key], rtol=1e-3, atol=1e-6) for key in first), (first, second)
+    assert all(row["grad_norm"] > 0 for row in logs[0])
+    if stage == "stage3":
+        assert all(0 < row[key] for row in logs[0] for key in ("format", "accuracy", "reward_std", "length", "cut"))
+        assert any(row["dead_groups"] > 0 for row in logs[0]) and logs[0][-1]["kl"] > 0
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", "stage3"])
+def test_only_the_first_process_writes(name, done):
+    written = [json.loads((done[name, "torchrun"][0] / f"written.{rank}").read_text()) for rank in (0, 1)]
+    assert written[1] == []
+    for word in ("metrics.jsonl", "samples.jsonl", "checkpoint", "weights.safetensors", "optimizers.pt", "model", "curves.png"):
+        assert any(word in line for line in written[0]), word
+
+
+@pytest.mark.parametrize("name, way", [(name, "ours") for name in FAULTS] + [(name, "torchrun") for name in list(FAULTS)[:3]])
+def test_when_a_process_dies_all_end_soon_with_one_clear_line(name, way, done):
+    folder, code, said, seconds = done[name, way]
+    raised = name == "raised"
+    assert code != 0 and seconds < 30, said
+    assert said.count(LINE) == (not raised) and said.count("a fault of one process") == raised, said
+    assert said.count("Traceback") == raised + (way == "torchrun"), said  # torchrun's own report has one
+    assert [row["step"] for row in rows(folder / "stage1")] == [1] if name != "killed before joining" else True
+
+
+@pytest.mark.parametrize("way", ["ours", "torchrun"])
+@pytest.mark.parametrize("name, words", [("no data", "nowhere"), ("too few prompts", "--prompts 1 cannot be shared by 2")])
+def test_what_is_wrong_in_all_processes_is_said_once(name, words, way, done):
+    _, code, said, _ = done[name, way]
+    assert code != 0 and sum(words in line for line in said.splitlines()) == 1 and LINE not in said, said
+    assert said.count("Traceback") == (way == "torchrun")
