@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -431,3 +432,35 @@ def test_the_released_boxes_are_learnt_in_resized_pixels(released):
         for box in row["answer"]:
             x1, y1, x2, y2 = box["bbox_2d"]
             assert 0 <= x1 < x2 <= 84 and 0 <= y1 < y2 <= 84
+
+
+# QLoRA
+
+
+def test_qlora_goes_the_whole_way(tiny_model, ladder_data, tmp_path, monkeypatch):
+    """Stages 1 to 3 with 4-bit weights: every stage learns, after rollouts too, and merges into plain bf16 weights; eval reads."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(stage3_grpo, "rewards", lambda texts, *_: (np.zeros(len(texts)), rng.random(len(texts))))
+    flags = ["--preset", "3b", "--data", str(ladder_data), *ONE, "--load", "4bit", "--scenes", "2", "--branches", "3",
+             "--min_pixels", str(56 * 56), "--max_pixels", str(84 * 84), "--eval_scenes", "2", "--max_steps", "2",
+             "--keep_features", "true"]  # fmt: skip
+    for module, more in (
+        (stage1_localize, ["--model", str(tiny_model)]),
+        (stage2_understand, []),
+        (stage3_grpo, ["--prompts", "2", "--group", "2", "--max_new_tokens", "8"]),
+    ):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *flags, *more])
+        module.main()
+    for stage, earlier in (("stage1", tiny_model), ("stage2", "runs/3b/stage1/model"), ("stage3", "runs/3b/coldstart/model")):
+        folder = tmp_path / "runs" / "3b" / stage
+        check_run(folder, adapter=True)
+        assert all(row["grad_norm"] > 0 for row in metrics(folder)), stage
+        before, after = load_file(Path(earlier) / "model.safetensors"), weights(folder)
+        assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+        moved = {name for name in after if not torch.equal(after[name], before[name].to(torch.bfloat16))}
+        assert moved and all(re.fullmatch(r"model\.layers\..*_proj\.weight", name) for name in moved)
+    argv = ["--model", "runs/3b/stage3/model", "--benchmarks", "stage0", "--data", str(ladder_data), "--load", "4bit", *ONE]
+    monkeypatch.setattr(sys, "argv", ["eval", *argv, "--max_new_tokens", "4", "--out", "runs/3b/eval"])
+    evaluation.main()
+    assert json.loads((tmp_path / "runs" / "3b" / "eval" / "scores.json").read_text())
