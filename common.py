@@ -975,6 +975,8 @@ TUNES, OPTIMIZERS = ("lora", "full"), ("adamw", "muon")
 class TrainSettings(Settings):
     """What the three training stages share."""
 
+    resume: str = setting("auto", "auto: go on from the run's checkpoint if there is one; never: start anew; or a run's folder: "
+                                  "go on from a copy of its checkpoint")  # fmt: skip
     load: str = setting("bf16", "weights in memory: fp32, bf16, or 4bit (QLoRA)", LOADS)
     tune: str = setting("lora", "lora: adapters on the language model; full: all its weights", TUNES)
     lora_rank: int = setting(16, "rank of the adapters")
@@ -1393,19 +1395,19 @@ def start_run(settings):
     folder = Path(settings.out)
     checkpoint = folder / "checkpoint"
     config, step = asdict(settings), 0
-    if settings.resume not in ("auto", "never"):
-        raise SystemExit(f"--resume {settings.resume}: choose auto or never.")
     if world()[0] == 0 and checkpoint.with_suffix(".old").is_dir() and not checkpoint.is_dir():
         checkpoint.with_suffix(".old").rename(checkpoint)  # stopped between the two renames of a save
+    if world()[0] == 0 and settings.resume not in ("auto", "never") and not checkpoint.is_dir():
+        copy_run(Path(settings.resume), folder)
     if dist.is_initialized():
         dist.barrier()
-    if settings.resume == "auto" and (checkpoint / "state.json").is_file():
+    if settings.resume != "never" and (checkpoint / "state.json").is_file():
         try:
             state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
             step, made = int(state["step"]), dict(state["config"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SystemExit(f"{checkpoint / 'state.json'} is broken ({error!r}). --resume never starts anew.") from None
-        names = [name for name in config | made if name not in ("max_steps", "resume", "processes")]
+        names = [name for name in config | made if name not in ("out", "max_steps", "resume", "processes")]
         refuse_others(checkpoint, made, config, names)
         say(f"going on from step {step} of {checkpoint}")
     if dist.is_initialized():
@@ -1414,12 +1416,22 @@ def start_run(settings):
         if step == 0:
             shutil.rmtree(checkpoint, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        write_whole(folder / "config.json", json.dumps(config, indent=2))
         for name in ("metrics.jsonl", "samples.jsonl"):  # drop what was logged after the checkpoint
             # Not splitlines: a sample may hold a line separator of its own (U+2028).
             lines = (folder / name).read_text(encoding="utf-8").split("\n") if step and (folder / name).is_file() else []
-            (folder / name).write_text("".join(line + "\n" for line in lines if logged_by(line, step)), encoding="utf-8")
+            write_whole(folder / name, "".join(line + "\n" for line in lines if logged_by(line, step)))
     return folder, step
+
+
+def copy_run(run, folder):
+    """Copy checkpoint and logs of another run to `folder`. Raises SystemExit if `run` has no checkpoint."""
+    if not (run / "checkpoint" / "state.json").is_file():
+        raise SystemExit(f"--resume {run}: there is no checkpoint in that folder. Give auto, never, or the folder of a run.")
+    shutil.copytree(run / "checkpoint", folder / "checkpoint.new", dirs_exist_ok=True)
+    for log_file in run.glob("*.jsonl"):
+        shutil.copy(log_file, folder)
+    (folder / "checkpoint.new").rename(folder / "checkpoint")  # last, so that a copy that was cut short is made again
 
 
 def refuse_others(folder, made, config, names):

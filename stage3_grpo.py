@@ -320,9 +320,9 @@ def cold_start(settings):
     cold = replace(
         settings, out=str(Path(settings.out).parent / "coldstart"), lr=settings.cold_lr, muon_lr=settings.cold_muon_lr,
         tune=settings.cold_tune, optimizer=settings.cold_optimizer, steps=settings.cold_steps, scenes=settings.cold_scenes,
-        eval_every=settings.cold_eval_every,
+        eval_every=settings.cold_eval_every, resume="never" if settings.resume == "never" else "auto",
     )  # fmt: skip
-    if cold.resume == "auto" and (Path(cold.out) / "model" / "config.json").is_file():
+    if cold.resume != "never" and (Path(cold.out) / "model" / "config.json").is_file():
         if (made := Path(cold.out) / "config.json").is_file():
             names = ["preset", "model", "data"] + [name for name in vars(cold) if name.startswith("cold_")]
             common.refuse_others(cold.out, json.loads(made.read_text(encoding="utf-8")), vars(cold), names)

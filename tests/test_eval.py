@@ -873,3 +873,14 @@ def test_a_browser_fills_the_list_and_runs_nothing_else(tmp_path):
     assert found.tags.count("article") == 7 and found.tags.count("img") == 7 and found.tags.count("script") == 2
     assert found.tags.count("select") == 3 and found.tags.count("option") == 3 + 2 * (7 + 1)
     assert not [name for name in found.names if name.startswith("on")] and "h3" not in found.tags
+
+
+def test_a_model_in_which_one_middle_layer_learnt_has_another_fingerprint(tiny_model, tmp_path):
+    backbone = common.load_backbone(tiny_model, "fp32")
+    common.save_model(backbone, tmp_path / "same")
+    assert evaluation.fingerprint(tmp_path / "same" / "model") == evaluation.fingerprint(tiny_model)
+    with torch.no_grad():
+        backbone.model.model.language_model.layers[2].self_attn.q_proj.weight += 1e-3
+    common.save_model(backbone, tmp_path / "other")
+    assert evaluation.fingerprint(tmp_path / "other" / "model") != evaluation.fingerprint(tiny_model)
+    assert evaluation.fingerprint("Qwen/Qwen2.5-VL-3B-Instruct") == "Qwen/Qwen2.5-VL-3B-Instruct"

@@ -1,5 +1,6 @@
 """Runs that are stopped, killed or cannot write, text that nobody vouches for, and no network: stage 0 and eval.py."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -58,9 +59,22 @@ def inside(module, folder, flags, patch):
         raise
 
 
+BEGUN = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """A test that fails in the middle leaves no process behind."""
+    yield
+    while BEGUN:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(BEGUN.pop().pid, signal.SIGKILL)
+
+
 def begin(module, folder, *flags, patch=lambda: None):
     process = FORK.Process(target=inside, args=(module, folder, flags, patch))
     process.start()
+    BEGUN.append(process)
     return process
 
 
@@ -349,7 +363,7 @@ def test_both_processes_of_eval_end_together(number, asked, tmp_path):
         f"    sys.path.insert(0, {str(ROOT)!r})\n"
         "    import common\n"
         "    real = common.branch_generate\n"
-        "    common.branch_generate = lambda *args: (time.sleep(0.5), real(*args))[1]\n"
+        "    common.branch_generate = lambda *args: (time.sleep(1.5), real(*args))[1]\n"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(slow))

@@ -136,16 +136,16 @@ def run(folder, way, script, *flags, fault=""):
 
 @pytest.fixture(scope="module")
 def common_flags(tiny_model, ladder_data):
-    return ("--preset", "3b", "--data", ladder_data, "--model", tiny_model, "--load", "fp32", "--warmup", "0", "--lr", "1e-3",
+    return ("--preset", "3b", "--data", ladder_data, "--model", tiny_model, "--load", "fp32", "--warmup", "0", "--lr", "3e-4",
             "--min_pixels", 56 * 56, "--max_pixels", 84 * 84, "--eval_scenes", "1", "--max_steps", "3")  # fmt: skip
 
 
 SFT = ("--scenes", "3", "--branches", "2", "--steps", "4")
 FLAGS = {  # odd counts, so that the shares are unequal; one held-out scene: the second process has none
     "stage1": SFT,
-    "stage2": (*SFT, "--tune", "full", "--optimizer", "muon", "--micro_scenes", "2"),
+    "stage2": (*SFT, "--tune", "full", "--micro_scenes", "2"),
     "stage3": ("--prompts", "3", "--group", "4", "--mu", "2", "--beta", "0.1", "--locate", "0.3", "--max_new_tokens", "8",
-               "--steps", "4", "--cold_lr", "1e-3", "--cold_scenes", "3", "--cold_steps", "2"),
+               "--steps", "4", "--cold_lr", "3e-4", "--cold_scenes", "3", "--cold_steps", "2"),
     "alone": (*SFT, "--scenes", "1"),  # one scene in a step: the second process has none at all
 }  # fmt: skip
 FAULTS = {  # (name, way): who dies how, and what the others are doing
@@ -175,10 +175,7 @@ def done(common_flags, tmp_path_factory):
     def work(job):
         name, way, script, flags, fault = job
         folder = root / f"{name}-{way}".replace(" ", "_")
-        began = time.time()
-        out = folder, *run(folder, way, script, *common_flags, *flags, fault=fault)
-        print(name, way, out[1], out[3], time.time() - began)
-        return (name, way), out
+        return (name, way), (folder, *run(folder, way, script, *common_flags, *flags, fault=fault))
 
     with ThreadPoolExecutor(2) as pool:
         return dict(pool.map(work, jobs))
@@ -198,14 +195,14 @@ def test_two_processes_make_the_same_update_as_one(name, stage, steps, done, tin
     assert one[1] == two[1] == 0, one[2] + two[2]
     runs = [folder / stage for folder, *_ in (one, two)]
     found = [load_file(run / "checkpoint" / "weights.safetensors") for run in runs]
-    start = load_file(tiny_model / "model.safetensors")
-    moved = max((w - start[n] if n in start else w * ("lora_B" in n)).abs().max().item() for n, w in found[0].items())  # B from 0
-    print(moved, max((found[0][n] - found[1][n]).abs().max().item() for n in found[0]))
-    assert moved > 1e-3 and all(torch.allclose(found[0][n], found[1][n], rtol=0, atol=1e-5) for n in found[0])
+    start = dict(common.load_backbone(tiny_model, "fp32").model.named_parameters())
+    moved = [w - start[n] if n in start else w for n, w in found[0].items() if n in start or "lora_B" in n]  # lora_B starts at 0
+    assert max(change.abs().max().item() for change in moved) > 5e-4
+    assert set(found[0]) == set(found[1])
+    assert max((found[0][name] - found[1][name]).abs().max().item() for name in found[0]) < 1e-5
     logs = [rows(run) for run in runs]
     assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]] == list(range(1, steps + 1))
     for first, second in zip(*logs):
-        print(first, second)
         assert set(first) == set(second)
         assert all(np.isclose(first[key], second[key], rtol=1e-3, atol=1e-6) for key in first), (first, second)
     assert all(row["grad_norm"] > 0 for row in logs[0])

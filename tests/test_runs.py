@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -483,6 +484,21 @@ def test_resume_never_starts_anew_and_other_words_are_refused(tmp_path):
     assert not (folder / "checkpoint").exists()
     with pytest.raises(SystemExit, match="sometimes"):
         common.start_run(make_settings(tmp_path, resume="sometimes"))
+
+
+def test_another_runs_checkpoint_is_copied_and_continued(tmp_path):
+    there, backbone = small_checkpoint(make_settings(tmp_path / "one"))
+    common.log(there, {"step": 1, "loss": 0.5})
+    settings = make_settings(tmp_path / "two", resume=str(there))
+    folder, step = common.start_run(settings)
+    assert folder != there and step > 0 and (there / "checkpoint").is_dir()
+    assert [row["step"] for row in common.read_jsonl(folder / "metrics.jsonl")] == [1]
+    for name in ("weights.safetensors", "optimizers.pt"):
+        assert (folder / "checkpoint" / name).read_bytes() == (there / "checkpoint" / name).read_bytes()
+    (folder / "checkpoint" / "state.json").write_text(json.dumps({"step": step + 5, "config": asdict(settings)}))
+    assert common.start_run(settings) == (folder, step + 5)  # the same command again goes on from its own
+    with pytest.raises(SystemExit, match="--lr"):
+        common.start_run(make_settings(tmp_path / "three", resume=str(there), lr=0.5))
 
 
 def test_lines_logged_after_the_checkpoint_are_dropped(tmp_path):
