@@ -13,6 +13,7 @@ No stage imports another stage; this file imports none of them.
 
 import argparse
 import contextlib
+import gc
 import json
 import logging
 import math
@@ -1241,6 +1242,8 @@ def total(values):
 def make_optimizers(model, settings):
     """A list of optimizers for the trainable parameters. Muon takes the 2-D weights of the language model's layers."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if settings.optimizer == "muon" and settings.tune == "lora":
+        raise SystemExit("--optimizer muon is for the matrices of --tune full; adapters learn with adamw.")
     if settings.optimizer == "adamw":
         return [torch.optim.AdamW([p for _, p in named], lr=settings.lr, weight_decay=0.0)]
     matrix = [p for name, p in named if p.ndim == 2 and ".layers." in name]
@@ -1528,15 +1531,13 @@ def draw_curves(folder, panels):
     """Draw curves.png from metrics.jsonl. panels: {title: [metric, ...]}; metrics that were never logged are left out."""
     if world()[0] != 0:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, which keeps figures for a screen
 
     rows = read_jsonl(Path(folder) / "metrics.jsonl")
     panels = {title: [k for k in keys if any(row.get(k) is not None for row in rows)] for title, keys in panels.items()}
     panels = {title: keys for title, keys in panels.items() if keys}
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
+    figure = Figure(figsize=(4.2 * len(panels), 3.2))
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (title, keys) in zip(axes[0], panels.items()):
         for key in keys:
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
@@ -1546,7 +1547,7 @@ def draw_curves(folder, panels):
         axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(Path(folder) / "curves.png", dpi=110)
-    plt.close(figure)
+    gc.collect()  # a figure is full of circles, which Python would let pile up
 
 
 def load_scenes(data, kinds, processor):

@@ -27,6 +27,7 @@ import math
 import os
 import random
 import re
+import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -505,9 +506,7 @@ def open_predictions(folder, header, settings):
     """Answers that an earlier run has left in `folder`: {key: row}; see key_of. header (a dict) says how they were made, and
     stands in the first line of predictions.jsonl. Raises SystemExit if they were made otherwise."""
     path, done = folder / "predictions.jsonl", {}
-    rank, size = common.world()
-    if size > 1:
-        torch.distributed.barrier()  # all have written all their answers
+    meet()  # all have written all their answers
     parts = [path] + sorted(folder.glob("predictions.*.jsonl")) if settings.resume == "auto" else []
     for part in parts:
         for line in part.read_bytes().split(b"\n") if part.is_file() else []:  # an answer may hold U+2028: no splitlines
@@ -524,13 +523,20 @@ def open_predictions(folder, header, settings):
                         )
             else:
                 done[key_of(row)] = row
-    if size > 1:
-        torch.distributed.barrier()
-    if rank == 0:
+    meet()
+    if common.world()[0] == 0:
         save_predictions(folder, header, done.values())
-    if size > 1:
-        torch.distributed.barrier()
+    meet()
     return done
+
+
+def meet():
+    """Wait for all processes, awake to signals: a plain barrier hears none until the slowest process comes."""
+    if common.world()[1] > 1:
+        meeting = torch.distributed.barrier(async_op=True)
+        while not meeting.is_completed():
+            time.sleep(0.01)
+        meeting.wait()  # raises if one of them has ended
 
 
 def key_of(row):

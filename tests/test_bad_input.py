@@ -592,11 +592,16 @@ def test_every_preset_passes(module):
 
 @pytest.mark.parametrize("module,name", [(stage1_localize, "load"), (stage1_localize, "tune"), (stage1_localize, "optimizer"),
                                          (stage3_grpo, "cold_tune"), (stage3_grpo, "cold_optimizer"), (stage3_grpo, "loss_type"),
-                                         (stage1_localize, "resume")])  # fmt: skip
+                                         (evaluation, "resume"), (stage0_data, "resume")])  # fmt: skip
 def test_a_word_that_is_no_choice_is_refused(capsys, module, name):
     line = complaint(capsys, module, f"--{name}", "other")
     default = getattr(SCRIPTS[module.__name__](), name)
     assert f"--{name}" in line and "other" in line and default in line
+
+
+def test_muon_is_refused_for_adapters(backbone):
+    settings = common.TrainSettings(optimizer="muon", tune="lora")
+    assert "--optimizer muon" in message(common.make_optimizers, backbone.model, settings)
 
 
 def test_a_share_of_boxes_that_leaves_no_question_is_refused():

@@ -689,8 +689,7 @@ def test_the_answers_of_a_slow_process_are_waited_for(tmp_path, monkeypatch):
     evaluation.save_predictions(tmp_path, {"seed": 0}, rows[:1])
     late = tmp_path / "predictions.1.jsonl"
     arrive = [lambda: late.write_text(json.dumps(rows[1]) + "\n")]
-    monkeypatch.setattr(common, "world", lambda: (0, 2))
-    monkeypatch.setattr(torch.distributed, "barrier", lambda: arrive and arrive.pop()())
+    monkeypatch.setattr(evaluation, "meet", lambda: arrive and arrive.pop()())
     found = evaluation.collect(tmp_path, {"seed": 0}, settings_for(), [evaluation.key_of(row) for row in rows])
     assert found == rows
 

@@ -66,8 +66,8 @@ def act():
         return prefixes, [completions(backbone, example, settings.group) for _, example in prompts]
 
     def note(event, args):
-        writes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") or event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
-        if writes and str(args[0]).startswith(str(Path(out).parent / "")) and "written" not in str(args[0]):
+        changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+        if (changes or event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)) and str(args[0]).startswith(str(Path(out).parent)):
             written.append(f"{event} {args[0]}")
 
     def noted(save):
@@ -143,7 +143,7 @@ def common_flags(tiny_model, ladder_data):
 SFT = ("--scenes", "3", "--branches", "2", "--steps", "4")
 FLAGS = {  # odd counts, so that the shares are unequal; one held-out scene: the second process has none
     "stage1": SFT,
-    "stage2": (*SFT, "--tune", "full", "--micro_scenes", "2"),
+    "stage2": (*SFT, "--micro_scenes", "2"),
     "stage3": ("--prompts", "3", "--group", "4", "--mu", "2", "--beta", "0.1", "--locate", "0.3", "--max_new_tokens", "8",
                "--steps", "4", "--cold_lr", "3e-4", "--cold_scenes", "3", "--cold_steps", "2"),
     "alone": (*SFT, "--scenes", "1"),  # one scene in a step: the second process has none at all
@@ -190,14 +190,12 @@ def rows(folder):
 @pytest.mark.parametrize("name, stage, steps", [
     ("stage1", "stage1", 3), ("stage2", "stage2", 3), ("stage3", "coldstart", 2), ("stage3", "stage3", 3), ("alone", "stage1", 3),
 ])  # fmt: skip
-def test_two_processes_make_the_same_update_as_one(name, stage, steps, done, tiny_model):
+def test_two_processes_make_the_same_update_as_one(name, stage, steps, done):
     one, two = (done[name, way] for way in ("one", "ours" if name == "alone" else "torchrun"))
     assert one[1] == two[1] == 0, one[2] + two[2]
     runs = [folder / stage for folder, *_ in (one, two)]
     found = [load_file(run / "checkpoint" / "weights.safetensors") for run in runs]
-    start = dict(common.load_backbone(tiny_model, "fp32").model.named_parameters())
-    moved = [w - start[n] if n in start else w for n, w in found[0].items() if n in start or "lora_B" in n]  # lora_B starts at 0
-    assert max(change.abs().max().item() for change in moved) > 5e-4
+    assert max(weight.abs().max().item() for name, weight in found[0].items() if "lora_B" in name) > 5e-4  # it starts at 0
     assert set(found[0]) == set(found[1])
     assert max((found[0][name] - found[1][name]).abs().max().item() for name in found[0]) < 1e-5
     logs = [rows(run) for run in runs]
