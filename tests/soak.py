@@ -11,15 +11,16 @@ with the last: memory within 3 %, not a file more, and a step as fast.
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 
-import bench_branches  # finds the repository, too
 import numpy as np
 import psutil
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 import stage0_data
 import stage3_grpo
@@ -30,7 +31,8 @@ WARM_UP = 60  # behind the first checkpoint and its curves
 def build(folder):
     """A tiny model, and twelve pictures with a question each: the prompts."""
     tokenizer = stage0_data.build_tokenizer([*common.INSTRUCTIONS.values(), common.SYSTEM, "system user assistant chair"] * 3)
-    for part in (stage0_data.build_model(tokenizer, 0), tokenizer, Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=56 * 56)):
+    processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=56 * 56)
+    for part in (stage0_data.build_model(tokenizer, 0), tokenizer, processor):
         part.save_pretrained(folder / "model")
     prompts = []
     for number in range(12):
