@@ -1321,7 +1321,7 @@ def memory_budget(backbone, settings, prefixes, branches, learnt, sequences, len
 
     prefixes, branches: token counts of the largest part of a step, as pack_layout takes them; learnt: those of its tokens that
     are learnt, whose logits are made. sequences, length: how many answers are written at once, and their longest, prefix
-    included.
+    included. Not counted: the vision tower's activations (frozen, they are gone before) and features that are kept.
     """
     model = core(backbone.model)
     text, number = model.config.text_config, model.dtype.itemsize
