@@ -1182,6 +1182,7 @@ def draw_entropy(entropies, scores, path):
     figure.savefig(path, dpi=110)
 
 
+@common.ending_together()
 def main():
     """The toy's ladder, or benchmarks, or a plot of several runs."""
     settings = common.parse_settings(EvalSettings, PRESETS, "eval")

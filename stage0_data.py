@@ -1711,6 +1711,7 @@ def main_toy(settings):
         train_base(settings, root, folder)
 
 
+@common.ending_together()
 def main():
     """Build the data (and the toy's base); what is already there is kept."""
     settings = common.parse_settings(DataSettings, PRESETS, "base")

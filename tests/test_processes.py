@@ -234,3 +234,10 @@ def test_what_is_wrong_in_all_processes_is_said_once(name, way, done):
     _, code, said, _ = done[name, way]
     assert code != 0 and said.count(MISTAKES[name, way]) == 1 and LINE not in said, said
     assert said.count("Traceback") == (way == "torchrun"), said
+
+
+def test_eval_says_once_what_is_wrong(tiny_model, tmp_path):
+    flags = ["--benchmarks", "vsi", "--data", str(tmp_path), "--model", str(tiny_model), "--processes", "2"]
+    script = Path(common.__file__).parent / "eval.py"
+    done = subprocess.run([sys.executable, str(script), *flags], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and done.stderr.count("is missing. Download") == 1 and "Traceback" not in done.stderr
