@@ -248,10 +248,9 @@ def picture_text(grids, merge, video):
 
 
 def load_image(path):
-    """Open a picture as RGB, turned as its EXIF says. Raises SystemExit naming the path if it cannot be read, is larger than
-    PIL's limit against decompression bombs, or is a strip of which the processor would make nothing."""
+    """Open a picture as RGB, turned as its EXIF says. Raises SystemExit as picture_size does, and if it cannot be decoded."""
+    picture_size(path)
     try:
-        picture_size(path)
         with Image.open(path) as image:
             if image.mode.startswith("I"):  # 16 bits a pixel: convert() alone would clip them to white
                 image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
@@ -261,14 +260,18 @@ def load_image(path):
 
 
 def picture_size(path):
-    """(width, height) of a picture as load_image gives it, without decoding it. Raises ValueError for a size that is refused."""
-    with Image.open(path) as image:
-        width, height = image.size
-        if width * height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{width} x {height} pixels are too many")
-        if max(width, height) > 200 * min(width, height):
-            raise ValueError(f"{width} x {height} pixels are a strip, longer than 200 times its breadth")
-        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
+    """(width, height) of a picture as load_image gives it, without decoding it. Raises SystemExit naming the path if it cannot
+    be read, is larger than PIL's limit against decompression bombs, or is a strip of which the processor would make nothing."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{width} x {height} pixels are too many")
+            if max(width, height) > 200 * min(width, height):
+                raise ValueError(f"{width} x {height} pixels are a strip, longer than 200 times its breadth")
+            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SystemExit(f"{path} cannot be read as a picture ({error}). Replace it or remove its rows.") from None
     return (height, width) if turned else (width, height)
 
 
@@ -334,10 +337,7 @@ def scale_box(box, source, target):
 def boxes_for_model(processor, example):
     """The boxes of a locate example in pixels of the RESIZED picture, which is what Qwen2.5-VL is trained on; a thin one keeps
     a pixel. Raises SystemExit naming the picture that cannot be read, or the row of a box that lies outside."""
-    try:
-        source = picture_size(example.images[0])
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SystemExit(f"{example.images[0]} cannot be read as a picture ({error}). Replace it or remove its rows.") from None
+    source = picture_size(example.images[0])
     target, boxes = resized_size(processor, *source), []
     for box in example.answer:
         left, top, right, low = box["bbox_2d"]
@@ -1451,7 +1451,7 @@ def logged_by(line, step):
     """Whether a line of a log is whole and was written at or before `step`. (A killed run may leave half a line.)"""
     try:
         return json.loads(line)["step"] <= step
-    except ValueError:
+    except (ValueError, KeyError, TypeError):
         return False
 
 

@@ -79,6 +79,13 @@ def tensors(backbone, optimizers, prefix):
     return [*backbone.model.parameters(), *backbone.model.buffers(), *states, prefix.features, prefix.ids, prefix.positions]
 
 
+def test_a_picture_that_cannot_be_read_is_named_before_training(folder, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    scene = common.Scene((str(tmp_path / "broken.jpg"),), "single_image", [])
+    with pytest.raises(SystemExit, match="broken.jpg cannot be read as a picture"):
+        common.scene_length(common.load_backbone(folder, "fp32"), scene)
+
+
 CASES = [
     ({}, [48] * 8),
     ({}, [180, 30]),
