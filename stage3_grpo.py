@@ -1,26 +1,25 @@
 """Stage 3, reason: a short cold start on thinking traces, then GRPO (SpatialLadder, arXiv 2510.08531, section 4, stage 3;
 GRPO: DeepSeekMath, arXiv 2402.03300, equations 3 and 4).
 
-For each question the policy samples a group of G completions; a completion is rewarded for its format (one <think> block,
-one <answer> block) and for the accuracy of its answer; its advantage is its reward against the group's mean; the policy
-moves toward what did better than its siblings. Everything is written out below. What we do differently:
-1. the KL reference is the policy with its adapter switched off: every stage merges its adapter, so adapter-off IS the
-   starting policy and costs no memory;
-2. groups whose rewards are all equal teach nothing: their backward pass is skipped, and they are counted;
-3. format is paid only with a legal answer (a letter among the options, a number): paid apart, it locked in completions
-   that looked right and answered nothing (--legal_format false is the paper);
-4. localisation prompts may be mixed in, rewarded by IoU, so that a small model does not forget its boxes;
-5. the cold start stops on a MEASURED format rate of sampled completions (--cold_format). It is a cliff: on the toy the
-   rate went from .05 to .41 in thirty steps; and from a model that knows the format by heart GRPO has less to find.
+For each question the policy samples a group of G completions. A completion is rewarded for its format (one <think> block,
+then one <answer> block) and for the accuracy of its answer. Its advantage is its reward compared with the group's mean, and
+the policy moves toward the completions with positive advantage. Differences from the reference code:
+1. the KL reference is the policy with its adapter switched off: every stage merges its adapter, so this IS the starting
+   policy, and it costs no memory;
+2. a group whose rewards are all equal teaches nothing: its backward pass is skipped, and it is counted (dead_groups);
+3. format is rewarded only with a legal answer (a letter among the options, a number). Rewarded alone, it locked in completions
+   that had the format and answered nothing (--legal_format false is the paper);
+4. localisation questions can be mixed in, rewarded by IoU, so that a small model keeps its boxes;
+5. the cold start stops when a MEASURED share of sampled completions is well formed (--cold_format). The share rises steeply
+   (in the toy from .05 to .41 in thirty steps), and a model that always gets the format right leaves GRPO less to learn.
 
     python stage3_grpo.py                     # toy: about four minutes on two cores
     python stage3_grpo.py --preset 3b --data data/SpatialLadder-26k
 
-Writes runs/<preset>/coldstart and runs/<preset>/stage3, each with metrics.jsonl, samples.jsonl, curves.png, checkpoint/,
+Writes runs/<preset>/coldstart and runs/<preset>/stage3, each with metrics.jsonl, samples.jsonl, curves.png, checkpoint.pt,
 model/ (and adapter/).
 """
 
-import json
 import math
 import time
 from dataclasses import dataclass, replace
@@ -28,76 +27,91 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import common
-from common import TrainSettings, setting
+from support import runs
+from support.runs import setting
 
 # ------------------------------------------------------------------------------------------------
 # 1. Settings
 # ------------------------------------------------------------------------------------------------
 
-
-LOSSES = ("grpo", "dapo", "dr_grpo")
+LOSS_AVERAGES = ("sequence", "token", "constant")
 
 
 @dataclass
-class GRPOSettings(TrainSettings):
-    """Stage 3. lr, steps and the like are GRPO's; what begins with cold_ is the cold start's."""
+class GRPOSettings(runs.TrainSettings):
+    """Stage 3. lr, steps and the like are GRPO's; the cold start has its own, which start with cold_."""
 
-    cold_lr: float = setting(1e-4, "cold start: highest learning rate of AdamW")
-    cold_muon_lr: float = setting(0.009, "cold start: highest learning rate of Muon")
-    cold_tune: str = setting("lora", "cold start: lora or full", common.TUNES)
-    cold_optimizer: str = setting("adamw", "cold start: adamw or muon", common.OPTIMIZERS)
+    cold_lr: float = setting(1e-4, "cold start: peak learning rate of AdamW")
+    cold_muon_lr: float = setting(0.009, "cold start: peak learning rate of Muon")
+    cold_tune: str = setting("lora", "cold start: lora or full", ("lora", "full"))
+    cold_optimizer: str = setting("adamw", "cold start: adamw or muon", tuple(runs.OPTIMIZERS))
     cold_steps: int = setting(0, "cold start: optimiser steps; 0: one pass over the traces")
-    cold_scenes: int = setting(16, "cold start: scenes in an optimiser step")
-    cold_mix: float = setting(0.0, "cold start: rows of stage 2 mixed in, for each trace")
+    cold_train_batch: int = setting(16, "cold start: scenes in an optimiser step")
+    cold_mix: float = setting(0.0, "cold start: rows of the stages before that are mixed in, for each trace")
     cold_format: float = setting(1.1, "cold start: stop when this share of sampled completions is well formed and legal")
     cold_eval_every: int = setting(100, "cold start: steps between measurements of that share")
-    prompts: int = setting(16, "B: questions in a GRPO step, over all processes")
-    group: int = setting(8, "G: completions sampled for a question")
+    group_size: int = setting(8, "G: completions sampled for a question")
     max_new_tokens: int = setting(1024, "longest completion")
     temperature: float = setting(1.0, "of the rollout; 1: sampler and scorer are one distribution")
     epsilon_low: float = setting(0.2, "the ratio is clipped at 1 - epsilon_low ...")
     epsilon_high: float = setting(0.2, "... and at 1 + epsilon_high")
     beta: float = setting(0.01, "weight of the KL to the starting policy; 0: none")
-    loss_type: str = setting(
-        "grpo", "mean over: grpo, each sequence, then sequences; dapo, all tokens; dr_grpo, a constant", LOSSES
-    )
+    loss_average: str = setting("sequence", "average the loss over: sequence (each completion, then all: the paper), token (all "
+                                "tokens: DAPO) or constant (max_new_tokens: Dr. GRPO)", LOSS_AVERAGES)  # fmt: skip
+    scale_rewards: bool = setting(True, "divide advantages by the group's standard deviation; false: Dr. GRPO")
     mu: int = setting(1, "updates with the same rollout")
     mask_overlong: bool = setting(False, "leave completions that were cut at max_new_tokens out of the loss")
-    legal_format: bool = setting(True, "pay the format only with a legal answer; false: the paper")
-    locate: float = setting(0.0, "share of localisation prompts, rewarded by IoU")
+    legal_format: bool = setting(True, "reward the format only with a legal answer; false: the paper")
+    locate: float = setting(0.0, "share of localisation questions, rewarded by IoU")
     show_every: int = setting(20, "steps between decoded samples in samples.jsonl")
 
 
 PRESETS = {
     "toy": {
-        "load": "fp32", "keep_features": True, "micro_scenes": 64, "lr": 2.5e-3, "lora_rank": 32, "lora_alpha": 32,
-        "steps": 80, "mu": 2, "prompts": 12, "group": 8, "max_new_tokens": 112, "locate": 0.25, "beta": 0.03, "warmup": 0.05,
+        "load": "fp32", "keep_features": True, "micro_batch": 64, "lr": 2.5e-3, "lora_rank": 32, "lora_alpha": 32, "steps": 80,
+        "mu": 2, "train_batch": 12, "group_size": 8, "max_new_tokens": 112, "locate": 0.25, "beta": 0.03, "warmup": 0.05,
         "cold_lr": 3e-4, "cold_muon_lr": 0.003, "cold_tune": "full", "cold_optimizer": "muon", "cold_steps": 200,
         "cold_mix": 2.0, "cold_format": 0.3, "cold_eval_every": 10, "eval_every": 25, "save_every": 50,
     },
-    # The paper: G = 4 in its script, beta .01, 1,024 new tokens, temperature 1, one epoch.
+    # The paper: beta .01, 1,024 new tokens, temperature 1, one epoch. Its script has G = 4; we sample 8.
     "3b": {
-        "prompts": 4, "group": 8, "lr": 1e-5, "checkpointing": True, "batch": 16,
+        "train_batch": 4, "group_size": 8, "lr": 1e-5, "checkpointing": True, "eval_batch": 16,
         "min_pixels": 16 * 28 * 28, "max_pixels": 128 * 28 * 28,
     },
 }  # fmt: skip
 
+
+def check(settings):
+    """Raise SystemExit for settings that GRPO cannot work with."""
+    if settings.group_size < 2:
+        raise SystemExit(f"--group_size {settings.group_size} leaves nothing to compare with: use at least 2.")
+    if settings.beta and settings.tune != "lora":
+        raise SystemExit("--tune full has no adapter to switch off, so there is no reference: use --beta 0 or --tune lora.")
+    if settings.train_vision:
+        raise SystemExit("--train_vision: stage 3 keeps the vision tower frozen; its rollouts share the pictures' features.")
+    if settings.train_batch < runs.world_size():
+        raise SystemExit(f"--train_batch {settings.train_batch} cannot be shared by {runs.world_size()} processes: raise it.")
+    if round(settings.locate * settings.train_batch) >= settings.train_batch:
+        raise SystemExit(f"--locate {settings.locate} leaves no spatial question among {settings.train_batch}: lower it.")
+
+
 # ------------------------------------------------------------------------------------------------
-# 2. Data
+# 2. The cold start: SFT on thinking traces
 # ------------------------------------------------------------------------------------------------
 
 
-def cold_packs(settings, processor):
-    """Packs of thinking traces, with cold_mix rows of the stages before for each: what is not rehearsed is forgotten."""
-    traces = common.load_scenes(settings.data, ["coldstart"], processor)
-    packs = common.make_packs(traces, settings.branches, settings.seed)
+def cold_packs(settings, backbone):
+    """Packs of thinking traces, and for each trace cold_mix rows of the stages before: what is not trained on is forgotten."""
+    def load(kinds):
+        scenes = runs.training_scenes(settings, kinds, backbone.processor)
+        return common.make_packs(backbone.tokenizer, scenes, settings.branches, settings.seed)
+
+    packs = load(["coldstart"])
     wanted = round(settings.cold_mix * sum(len(pack.pairs) for pack in packs))
     if wanted:
-        kinds = ["spatial", "locate"] + ["worked"] * (Path(settings.data) / common.FILES["worked"]).is_file()
-        others = common.make_packs(common.load_scenes(settings.data, kinds, processor), settings.branches, settings.seed)
+        others = load(["spatial", "locate"] + ["worked"] * (Path(settings.data) / common.FILES["worked"]).is_file())
         for pack in common.batch_at(others, 0, len(others), settings.seed):
             if wanted > 0:
                 packs.append(pack)
@@ -105,42 +119,119 @@ def cold_packs(settings, processor):
     return packs
 
 
+def sampled_format(backbone, probe, settings, run):
+    """Sample answers to the scenes `probe`: {"format": share that is well formed and legal, "accuracy_given_format"}."""
+    runs.seed_step(settings, run.step + 1)
+    examples, texts = runs.generate_answers(
+        backbone, probe, "think", settings.max_new_tokens, settings.temperature, settings.eval_batch, settings.keep_features
+    )
+    accuracy, legal = common.score_answers(texts, examples)
+    formed = (common.score_format(texts) > 0) & legal  # (N,)
+    run.log_samples(examples, texts)
+    return {"format": float(formed.mean()), "accuracy_given_format": float(accuracy[formed].mean()) if formed.any() else 0.0}
+
+
+def train_cold_start(backbone, packs, probe, settings, run):
+    """SFT as in stages 1 and 2, until cold_format is reached. probe: training scenes (held-out ones must not decide this)."""
+    if not packs:
+        raise SystemExit(f"{settings.data} has nothing to learn for this stage.")
+    runs.check_memory(backbone, settings, runs.pack_lengths(backbone, packs), settings.eval_batch, settings.max_new_tokens)
+    steps = settings.steps or math.ceil(len(packs) / settings.train_batch)
+    optimizers = runs.make_optimizers(backbone.model, settings)
+    for step in run.steps(steps, backbone, optimizers):
+        # The batch is the same in all processes; each works on its share of the scenes.
+        batch = common.batch_at(packs, step, settings.train_batch, settings.seed)
+        tokens = sum(len(answer) for pack in batch for _, answer in pack.pairs)  # answer tokens of the whole batch
+        backbone.model.train()
+        loss = 0.0
+        for part in runs.micro_batches(batch, settings.micro_batch):
+            prefixes = common.encode_scenes(backbone, [pack.scene for pack in part], settings.keep_features)
+            logps, _, _ = common.branch_logprobs(backbone, prefixes, [pack.pairs for pack in part])  # (N, C), 0 at padding
+            part_loss = -logps.sum() / tokens  # summed over all parts: the mean over the batch's answer tokens
+            part_loss.backward()
+            loss += part_loss.item()
+        runs.all_reduce_gradients(backbone.model.parameters())
+        grad_norm = runs.optimizer_step(backbone.model, optimizers, settings, step, steps)
+        row = {"loss": runs.all_reduce([loss])[0], "grad_norm": grad_norm, "tokens": tokens}
+        scores = sampled_format(backbone, probe, settings, run) if run.is_eval_step() else {}
+        run.log(row, scores, [e for pack in batch for e in pack.scene.examples])
+        if scores and scores["format"] >= settings.cold_format:
+            run.end()
+
+
+def cold_start(settings):
+    """Train the cold start from stage 2's model, unless it is finished. Returns the folder of its model."""
+    cold = replace(
+        settings, out=str(Path(settings.out).parent / "coldstart"), lr=settings.cold_lr, muon_lr=settings.cold_muon_lr,
+        tune=settings.cold_tune, optimizer=settings.cold_optimizer, steps=settings.cold_steps,
+        train_batch=settings.cold_train_batch, eval_every=settings.cold_eval_every,
+        resume="never" if settings.resume == "never" else "auto",
+    )  # fmt: skip
+    names = ["preset", "model", "data"] + [name for name in vars(cold) if name.startswith("cold_")]
+    if not runs.is_finished(cold, names):
+        run = runs.Run(cold, {"loss": ["loss"], "sampled, training scenes": ["format", "accuracy_given_format"]})
+        backbone = common.load_backbone(cold.model, cold.load, cold.min_pixels, cold.max_pixels, runs.device())
+        packs = cold_packs(cold, backbone)
+        probe = common.batch_at(runs.training_scenes(cold, ["spatial"], backbone.processor), 0, 64, 1)
+        common.adapt(backbone, cold)
+        train_cold_start(backbone, packs, probe, cold, run)
+        run.finish(backbone)
+    return f"{cold.out}/model"
+
+
 # ------------------------------------------------------------------------------------------------
 # 3. The idea: group relative policy optimisation
 # ------------------------------------------------------------------------------------------------
 
 
-def rewards(texts, examples, legal_format=True):
-    """Rewards of N completions: (format (N,), accuracy (N,)), each in [0, 1]; the reward is their sum.
+def prompt_ids(backbone, example):
+    """Token ids of the question and of the start of the answer."""
+    text = common.prompt_text(example, "locate" if example.question_type == "locate" else "think") + common.BRANCH_END
+    return list(common.encode_text(backbone.tokenizer, text))
 
-    Localisation prompts have no tags: for them the format is a legal JSON list of boxes, the accuracy the mean IoU.
+
+def rollout(backbone, prompts, settings):
+    """Sample a group of completions for each prompt. prompts: B pairs (Scene, Example).
+
+    Returns prefixes (B Prefix: system prompt, pictures, question) and completions (B lists of G lists of ids).
+    """
+    scenes = common.encode_scenes(backbone, [scene for scene, _ in prompts], settings.keep_features)
+    prefixes = [common.extend_prefix(prefix, prompt_ids(backbone, e)) for prefix, (_, e) in zip(scenes, prompts)]
+    empty = [[[]] * settings.group_size for _ in prefixes]  # the branches of a rollout start with nothing
+    return prefixes, common.branch_generate(backbone, prefixes, empty, settings.max_new_tokens, settings.temperature)
+
+
+def rewards(texts, examples, settings):
+    """Reward terms of N completions: {name: (N,) in [0, 1]}. The reward is their sum; each is logged under its name.
+
+    Localisation answers have no tags: their format is a legal JSON list of boxes, their accuracy the mean IoU.
     """
     accuracy, legal = common.score_answers(texts, examples)  # (N,), (N,)
     form = common.score_format(texts)  # (N,)
     located = np.array([example.question_type == "locate" for example in examples])
-    form = np.where(located, 1.0, form) * (legal if legal_format else np.where(located, legal, True))
-    # Accuracy counts inside an <answer> block only: a bare letter must not be paid.
+    form = np.where(located, 1.0, form) * (legal if settings.legal_format else np.where(located, legal, True))
+    # Accuracy counts only inside an <answer> block: a bare letter must not be rewarded.
     tagged = np.array([common.ANSWER.search(text) is not None for text in texts])
-    return form, accuracy * (tagged | located)
+    return {"format": form, "accuracy": accuracy * (tagged | located)}
 
 
-def group_advantages(reward, loss_type="grpo"):
+def group_advantages(reward, scale=True):
     """A = (r - mean) / (std + 1e-4) within each group (DeepSeekMath, section 4.1.2). reward (B, G) -> (B, G).
 
-    dr_grpo leaves out the division: it would weigh easy and hard questions more (arXiv 2503.20783).
+    Without `scale` there is no division, which gives more weight to very easy and very hard questions (arXiv 2503.20783).
     """
     centred = reward - reward.mean(1, keepdim=True)  # (B, G)
-    return centred if loss_type == "dr_grpo" else centred / (reward.std(1, keepdim=True) + 1e-4)
+    return centred / (reward.std(1, keepdim=True) + 1e-4) if scale else centred
 
 
 def grpo_loss(logps, old_logps, ref_logps, advantages, mask, settings, sequences, tokens):
-    """The clipped objective, negated, summed over these completions so that all parts of a step add up to it.
+    """The clipped objective, negated, divided so that the sum over all parts of a step is the step's loss.
 
-    logps, old_logps, ref_logps (N, C): policy now, policy that sampled, reference (None: no KL). advantages (N,).
-    mask (N, C): completion tokens that count, end token included. sequences, tokens: N and mask.sum() of the whole step.
-    Returns the loss (scalar) and {"kl", "clip"}: sums over tokens, for the log.
+    logps, old_logps, ref_logps (N, C): of the policy now, the policy that sampled, the reference (None: no KL).
+    advantages (N,). mask (N, C): completion tokens that count, the end token included. sequences, tokens: N and mask.sum() of
+    the whole step. Returns the loss (scalar) and {"kl", "clip"}, sums over tokens for the log.
     """
-    ratio = (logps - old_logps).exp()  # (N, C); with mu = 1 it is 1, and so the loss is about 0: watch the reward
+    ratio = (logps - old_logps).exp()  # (N, C); with mu = 1 it is 1 and the loss is about 0: watch the reward instead
     clipped = ratio.clamp(1 - settings.epsilon_low, 1 + settings.epsilon_high)  # (N, C)
     advantages = advantages[:, None]  # (N, 1): one advantage for all tokens of a completion
     objective = torch.min(ratio * advantages, clipped * advantages)  # (N, C), for both signs of the advantage
@@ -150,11 +241,11 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, settings, sequences
         kl = gap.exp() - gap - 1  # k3: unbiased, never negative (DeepSeekMath, equation 4)
         objective = objective - settings.beta * kl
         stats["kl"] = (kl * mask).sum().item()
-    if settings.loss_type == "grpo":  # mean of each sequence, then of the sequences
+    if settings.loss_average == "sequence":
         loss = -((objective * mask).sum(1) / mask.sum(1).clamp(min=1)).sum() / sequences
-    elif settings.loss_type == "dapo":  # mean of all tokens: long completions are not diluted
+    elif settings.loss_average == "token":  # long completions count more
         loss = -(objective * mask).sum() / tokens
-    else:  # dr_grpo, a constant: neither short nor long is favoured
+    else:  # a constant: the length has no influence
         loss = -(objective * mask).sum() / (sequences * settings.max_new_tokens)
     return loss, stats
 
@@ -164,150 +255,118 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, settings, sequences
 # ------------------------------------------------------------------------------------------------
 
 
-def check(settings):
-    """Raise SystemExit for settings with which GRPO cannot work."""
-    if settings.group < 2:
-        raise SystemExit(f"--group {settings.group} leaves no siblings to compare with: give at least 2.")
-    if settings.beta and settings.tune != "lora":
-        raise SystemExit("--tune full has no adapter to switch off, so there is no reference: give --beta 0 or --tune lora.")
-    if settings.train_vision:
-        raise SystemExit("--train_vision: stage 3 keeps the vision tower frozen; its rollouts share the pictures' features.")
-    if settings.loss_type not in LOSSES:
-        raise SystemExit(f"--loss_type {settings.loss_type}: choose grpo, dapo or dr_grpo.")
-    if settings.prompts < (size := common.world()[1]):
-        raise SystemExit(f"--prompts {settings.prompts} cannot be shared by {size} processes: give at least {size}.")
-    if round(settings.locate * settings.prompts) >= settings.prompts:
-        raise SystemExit(f"--locate {settings.locate} leaves no spatial question among --prompts {settings.prompts}: give less.")
+def update(backbone, optimizers, prefixes, groups, advantages, counted, live, settings, step, steps):
+    """mu updates with one rollout. prefixes, groups: as from rollout. advantages (B, G); counted (B, G): completions in the loss;
+    live: the groups that teach something.
 
-
-def prompt_ids(backbone, example):
-    """Token ids of the question and of what opens the answer."""
-    words = common.prompt_text(example, "locate" if example.question_type == "locate" else "think") + common.BRANCH_END
-    return list(common.encode_text(backbone.tokenizer, words))
-
-
-def rollout(backbone, prompts, settings):
-    """Sample a group for each prompt. prompts: [(Scene, Example)].
-
-    Returns prefixes (B Prefix: system, pictures, question) and completions (B lists of G lists of ids).
+    Returns the gradient norm and {"kl", "clip", "entropy", "tokens"}, sums over this process's completion tokens.
     """
-    prefixes = []
-    for (_, example), prefix in zip(prompts, common.encode_scenes(backbone, [s for s, _ in prompts], settings.keep_features)):
-        prefixes.append(common.extend_prefix(prefix, prompt_ids(backbone, example)))
-    empty = [[[]] * settings.group for _ in prefixes]  # a rollout's branches start with nothing
-    return prefixes, common.branch_generate(backbone, prefixes, empty, settings.max_new_tokens, settings.temperature)
+    lengths = torch.tensor([[len(ids) for ids in group] for group in groups])  # (B, G)
+    sequences, tokens = runs.all_reduce([float(counted.sum()), float((lengths * counted).sum())])
+    parts = [live[i : i + settings.micro_batch] for i in range(0, len(live), settings.micro_batch)]
+    old, reference, sums, norm = {}, {}, dict.fromkeys(("kl", "clip", "entropy", "tokens"), 0.0), 0.0
+    for number_of_update in range(settings.mu):
+        backbone.model.train()
+        for number, part in enumerate(parts):
+            # Old and reference log-probabilities come from this scoring pass, too; never from branch_generate.
+            some, branches = [prefixes[i] for i in part], [[([], ids) for ids in groups[i]] for i in part]
+            if number_of_update == 0 and settings.beta:
+                with torch.no_grad(), backbone.model.disable_adapter():
+                    reference[number] = common.branch_logprobs(backbone, some, branches)[0]  # (N, C)
+            logps, entropy, mask = common.branch_logprobs(backbone, some, branches)  # (N, C)
+            old.setdefault(number, logps.detach())
+            mask = mask & counted[part].flatten()[:, None].to(mask.device)
+            loss, stats = grpo_loss(
+                logps, old[number], reference.get(number), advantages[part].flatten(), mask, settings, sequences, tokens
+            )
+            loss.backward()
+            stats |= {"entropy": (entropy * mask).sum().item(), "tokens": mask.sum().item()}
+            sums = {name: sums[name] + stats[name] for name in sums}
+        runs.all_reduce_gradients(backbone.model.parameters())
+        norm = runs.optimizer_step(backbone.model, optimizers, settings, step, steps)
+    return norm, sums
 
 
-@common.stop_at_signals()
-def grpo(backbone, prompts, settings, folder, first_step, evaluate):
-    """The loop: rollout, rewards, advantages, update. prompts: [(Scene, Example)] of the training data."""
-    rank, size = common.world()
-    located = [p for p in prompts if p[1].question_type == "locate"]
-    asked = [p for p in prompts if p[1].question_type != "locate"]
-    n_located = round(settings.locate * settings.prompts) if located else 0
-    check(settings)
+def means(columns):
+    """The mean of each column over all processes. columns: {name: (N,)} -> {name: float}."""
+    sums = runs.all_reduce([float(len(next(iter(columns.values()))))] + [float(sum(column)) for column in columns.values()])
+    return {name: value / sums[0] for name, value in zip(columns, sums[1:])}
+
+
+def evaluate(backbone, questions, boxes, settings):
+    """Mean scores of greedy answers after thinking: {"think", "iou" (with --locate)}. questions, boxes: lists of Scene."""
+    scores = {}
+    for name, scenes in (("think", questions), ("iou", boxes)):
+        if scenes:
+            examples, texts = runs.generate_answers(
+                backbone, scenes, "think", settings.max_new_tokens, eval_batch=settings.eval_batch, keep=settings.keep_features
+            )
+            scores[name] = float(common.score_answers(texts, examples)[0].mean())
+    return scores
+
+
+def grpo(backbone, prompts, questions, boxes, settings, run):
+    """Rollout, rewards, advantages, update. prompts: [(Scene, Example)] to learn from; questions, boxes: held-out scenes."""
+    located = [prompt for prompt in prompts if prompt[1].question_type == "locate"]
+    asked = [prompt for prompt in prompts if prompt[1].question_type != "locate"]
     if not asked:
         raise SystemExit(f"{settings.data} has no spatial questions to ask.")
-    steps = settings.steps or max(1, len(asked) // (settings.prompts - n_located))
-    last = min(steps, settings.max_steps or steps)
-    optimizers = common.make_optimizers(backbone.model, settings)
-    if first_step:
-        common.load_checkpoint(folder, backbone, optimizers)
-    prefix = max(common.scene_length(backbone, scene) for scene in {id(scene): scene for scene, _ in prompts}.values())
-    prefix += len(prompt_ids(backbone, max((e for _, e in prompts), key=lambda e: len(common.prompt_text(e, "think")))))
-    share, longest = math.ceil(settings.prompts / size), settings.max_new_tokens
-    part = min(settings.micro_scenes, share)
-    common.check_memory(
-        backbone, settings, [prefix] * part, [[longest] * settings.group] * part, part * settings.group * longest,
-        max(settings.batch, share * settings.group), prefix + longest,
-    )  # fmt: skip
-    bar = tqdm(range(first_step, last), initial=first_step, total=last, desc=folder.name, disable=rank > 0)
-    scores, skipped = {}, 0
-    for step in bar:
+    n_located = round(settings.locate * settings.train_batch) if located else 0
+    n_asked, group_size = settings.train_batch - n_located, settings.group_size
+    steps = settings.steps or max(1, len(asked) // n_asked)
+    optimizers = runs.make_optimizers(backbone.model, settings)
+    check_memory(backbone, prompts, settings)
+    for step in run.steps(steps, backbone, optimizers):
         began = time.time()
-        common.seed_step(settings, step)
-        batch = common.batch_at(asked, step, settings.prompts - n_located, settings.seed)
+        batch = common.batch_at(asked, step, n_asked, settings.seed)
         batch += common.batch_at(located, step, n_located, settings.seed) if n_located else []
-        mine = batch[rank::size]  # a group stays in one process
+        mine = runs.share(batch)  # B prompts of this process: a group stays in one process
 
-        # Rollout. branch_generate samples in eval mode; the update below runs in train mode.
+        # Rollout: G completions of every question, N = B * G in all.
         prefixes, groups = rollout(backbone, mine, settings)
-        flat = [ids for group in groups for ids in group]  # N = B * G completions
-        texts = [common.decode(backbone, ids) for ids in flat]
-        examples = [example for _, example in mine for _ in range(settings.group)]
+        completions = [ids for group in groups for ids in group]
+        texts = [common.decode(backbone, ids) for ids in completions]
+        examples = [example for _, example in mine for _ in range(group_size)]
+        ended = torch.tensor([ids[-1] in backbone.stop for ids in completions]).view(-1, group_size)  # (B, G)
         rollout_seconds = time.time() - began
 
         # Rewards and advantages.
-        form, accuracy = rewards(texts, examples, settings.legal_format)  # (N,), (N,)
-        reward = torch.tensor(form + accuracy, dtype=torch.float32).view(-1, settings.group)  # (B, G)
-        advantages = group_advantages(reward, settings.loss_type).to(backbone.device)  # (B, G)
-        alive = reward.std(1) > 0  # (B,) groups that teach something
-        ended = torch.tensor([ids[-1] in backbone.stop for ids in flat]).view_as(reward)  # (B, G)
+        terms = rewards(texts, examples, settings)  # {name: (N,)}
+        reward = torch.tensor(sum(terms.values()), dtype=torch.float32).view(-1, group_size)  # (B, G)
+        advantages = group_advantages(reward, settings.scale_rewards).to(backbone.device)  # (B, G)
+        alive = reward.std(1) > 0  # (B,) a group of equal rewards teaches nothing
+        run.panels["reward"] = ["reward", *terms]
+
+        # Update. The policy that sampled is the policy before the first update.
         counted = ended if settings.mask_overlong else torch.ones_like(ended)  # (B, G) completions in the loss
-        lengths = torch.tensor([len(ids) for ids in flat]).view_as(reward)  # (B, G)
-        sequences, tokens = common.total([float(counted.sum()), float((lengths * counted).sum())])
-
-        # Update, mu times with the same rollout.
         live = [i for i in range(len(mine)) if alive[i] and counted[i].any()]
-        parts = [live[i : i + settings.micro_scenes] for i in range(0, len(live), settings.micro_scenes)]
-        old, reference, sums, norm = {}, {}, {"kl": 0.0, "clip": 0.0, "entropy": 0.0, "seen": 0.0}, 0.0
-        for update in range(settings.mu):
-            backbone.model.train()
-            for number, part in enumerate(parts):
-                # Old and reference log-probabilities come from this same scoring pass, never from generate().
-                branches = [[([], ids) for ids in groups[i]] for i in part]
-                if update == 0 and settings.beta:
-                    with torch.no_grad(), backbone.model.disable_adapter():
-                        reference[number] = common.branch_logprobs(backbone, [prefixes[i] for i in part], branches)[0]
-                logps, entropy, mask = common.branch_logprobs(backbone, [prefixes[i] for i in part], branches)  # (N, C)
-                old.setdefault(number, logps.detach())
-                mask = mask & counted[part].flatten()[:, None].to(mask.device)
-                loss, stats = grpo_loss(
-                    logps, old[number], reference.get(number), advantages[part].flatten(), mask, settings, sequences, tokens
-                )
-                loss.backward()
-                sums["kl"] += stats["kl"]
-                sums["clip"] += stats["clip"]
-                sums["entropy"] += (entropy * mask).sum().item()
-                sums["seen"] += mask.sum().item()
-            norm = common.optimizer_step(backbone.model, optimizers, settings, step, steps)
-            skipped = common.check_norm(norm, skipped, step + 1, [example.id for _, example in mine])
+        grad_norm, sums = update(backbone, optimizers, prefixes, groups, advantages, counted, live, settings, step, steps)
 
-        # Log, over all processes.
-        kl, clip, entropy, seen = common.total(list(sums.values()))
-        n, dead, *means = common.total([
-            float(len(flat)), float((~alive).sum()), float(reward.sum()), float(form.sum()), float(accuracy.sum()),
-            float(reward.std(1).sum()), float(lengths.sum()), float((~ended).sum()),
-        ])  # fmt: skip
-        names = ("reward", "format", "accuracy", "reward_std", "length", "cut")
-        row = {"step": step + 1} | {name: value / n for name, value in zip(names, means)}
-        row |= {
-            "reward_std": row["reward_std"] * settings.group, "dead_groups": dead * settings.group / n,
-            "kl": kl / max(seen, 1), "clip": clip / max(seen, 1), "entropy": entropy / max(seen, 1), "grad_norm": norm,
-            "rollout_seconds": rollout_seconds, "update_seconds": time.time() - began - rollout_seconds,
-        }  # fmt: skip
+        # Log: means over all processes; kl, clip and entropy are means over tokens.
+        repeated = {"reward_std": reward.std(1), "dead_groups": ~alive}  # one value a group
+        row = means({
+            "reward": reward.flatten(), **terms, "completion_tokens": list(map(len, completions)), "cut": ~ended.flatten(),
+            **{name: value.repeat_interleave(group_size) for name, value in repeated.items()},
+        })  # fmt: skip
+        *over_tokens, tokens = runs.all_reduce(list(sums.values()))
+        row |= {name: value / max(tokens, 1) for name, value in zip(sums, over_tokens)} | {"grad_norm": grad_norm}
+        row |= {"rollout_seconds": rollout_seconds, "update_seconds": time.time() - began - rollout_seconds}
         if row["cut"] > 0.5:
-            common.say(f"step {step + 1}: {row['cut']:.0%} of the completions were cut: raise --max_new_tokens")
-        if (step + 1) % settings.eval_every == 0 or step + 1 == last:
-            row |= (scores := evaluate(backbone))
-        common.log(folder, row)
+            common.print0(f"step {step + 1}: {row['cut']:.0%} of the completions were cut: raise --max_new_tokens")
         if step % settings.show_every == 0:
-            for i in range(min(4, len(flat))):
-                common.log(folder, {"step": step + 1, "question": examples[i].question, "options": examples[i].options,
-                                    "answer": examples[i].answer, "text": texts[i], "format": form[i], "accuracy": accuracy[i],
-                                    "advantage": advantages.flatten()[i].item()}, "samples.jsonl")  # fmt: skip
-        shown = {"reward": row["reward"], "dead": row["dead_groups"], "kl": row["kl"]} | scores
-        bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
-        stopping = common.stop_asked()
-        if (step + 1) % settings.save_every == 0 or step + 1 == last or stopping:
-            common.save_checkpoint(folder, step + 1, backbone, optimizers, settings)
-            common.draw_curves(folder, {
-                "reward": ["reward", "format", "accuracy"], "groups": ["reward_std", "dead_groups", "cut"],
-                "held-out scores": ["think", "iou"], "policy": ["kl", "entropy"],
-            })  # fmt: skip
-        if stopping and step + 1 < last:
-            common.stop_here(folder, step + 1)
-    bar.close()
+            run.log_samples(examples, texts, **terms, advantage=advantages.flatten())
+        scores = evaluate(backbone, questions, boxes, settings) if run.is_eval_step() else {}
+        run.log(row, scores, [example for _, example in batch])
+
+
+def check_memory(backbone, prompts, settings):
+    """runs.check_memory for a step of GRPO with the longest prompts."""
+    prefix = max(runs.scene_length(backbone, scene) for scene in {id(scene): scene for scene, _ in prompts}.values())
+    prefix += len(prompt_ids(backbone, max((e for _, e in prompts), key=lambda e: len(common.prompt_text(e, "think")))))
+    share = math.ceil(settings.train_batch / runs.world_size())
+    longest = [(prefix, [(0, settings.max_new_tokens)] * settings.group_size)] * min(settings.micro_batch, share)
+    answers = max(settings.eval_batch, share * settings.group_size)
+    runs.check_memory(backbone, settings, longest, answers, settings.max_new_tokens)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -315,73 +374,29 @@ def grpo(backbone, prompts, settings, folder, first_step, evaluate):
 # ------------------------------------------------------------------------------------------------
 
 
-def cold_start(settings):
-    """SFT on thinking traces from stage 2's model, unless it is already there. Returns the folder of its model."""
-    cold = replace(
-        settings, out=str(Path(settings.out).parent / "coldstart"), lr=settings.cold_lr, muon_lr=settings.cold_muon_lr,
-        tune=settings.cold_tune, optimizer=settings.cold_optimizer, steps=settings.cold_steps, scenes=settings.cold_scenes,
-        eval_every=settings.cold_eval_every, resume="never" if settings.resume == "never" else "auto",
-    )  # fmt: skip
-    if cold.resume != "never" and (Path(cold.out) / "model" / "config.json").is_file():
-        if (made := Path(cold.out) / "config.json").is_file():
-            names = ["preset", "model", "data"] + [name for name in vars(cold) if name.startswith("cold_")]
-            common.refuse_others(cold.out, json.loads(made.read_text(encoding="utf-8")), vars(cold), names)
-        common.say(f"found the cold start in {cold.out}; --resume never makes it anew")
-        return f"{cold.out}/model"
-    folder, first_step = common.start_run(cold)
-    backbone = common.load_backbone(cold.model, cold.load, cold.min_pixels, cold.max_pixels, common.device_name())
-    packs = cold_packs(cold, backbone.processor)
-    # Measured on training scenes: the held-out ones must not decide when to stop.
-    probe = common.batch_at(common.load_scenes(cold.data, ["spatial"], backbone.processor), 0, 64, 1)
-    common.adapt(backbone, cold)
-
-    def evaluate(backbone, step):
-        common.seed_step(cold, step)
-        examples, texts = common.generate_answers(
-            backbone, probe, "think", cold.max_new_tokens, cold.temperature, cold.batch, cold.keep_features
-        )
-        accuracy, legal = common.score_answers(texts, examples)
-        formed = (common.score_format(texts) > 0) & legal
-        common.log_samples(folder, step, examples, texts)
-        return {"format": float(formed.mean()), "accuracy_given_format": float(accuracy[formed].mean()) if formed.any() else 0.0}
-
-    panels = {"loss": ["loss"], "sampled, training scenes": ["format", "accuracy_given_format"]}
-    common.sft(
-        backbone, packs, cold, folder, first_step, evaluate, panels, cold.max_new_tokens,
-        stop=lambda scores: scores["format"] >= cold.cold_format,
-    )  # fmt: skip
-    common.save_run(backbone, folder)
-    return f"{cold.out}/model"
-
-
-@common.ending_together()
-def main():
-    """The cold start, then GRPO from its model."""
-    settings = common.parse_settings(GRPOSettings, PRESETS, "stage3", before="stage2")
-    common.start_processes(settings)
-    check(settings)  # now, not after the cold start
+def work(settings):
+    """The cold start, then GRPO from its model. Every process runs this."""
+    check(settings)
+    if runs.is_finished(settings):
+        return
     model = cold_start(settings)
-    folder, first_step = common.start_run(settings)
-    backbone = common.load_backbone(model, settings.load, settings.min_pixels, settings.max_pixels, common.device_name())
+    run = runs.Run(settings, {
+        "reward": ["reward"], "groups": ["reward_std", "dead_groups", "cut"],
+        "held-out scores": ["think", "iou"], "policy": ["kl", "entropy"],
+    })  # fmt: skip
+    backbone = common.load_backbone(model, settings.load, settings.min_pixels, settings.max_pixels, runs.device())
     kinds = ["spatial"] + ["locate"] * (settings.locate > 0)
-    prompts = [(scene, e) for scene in common.load_scenes(settings.data, kinds, backbone.processor) for e in scene.examples]
-    heldout = common.heldout_scenes(settings, ["spatial"], backbone.processor)
-    boxes = common.heldout_scenes(settings, ["locate"], backbone.processor) if settings.locate else []
+    prompts = [(scene, e) for scene in runs.training_scenes(settings, kinds, backbone.processor) for e in scene.examples]
+    questions = runs.held_out_scenes(settings, ["spatial"], backbone.processor)
+    boxes = runs.held_out_scenes(settings, ["locate"], backbone.processor) if settings.locate else []
     common.adapt(backbone, settings)
+    grpo(backbone, prompts, questions, boxes, settings, run)
+    run.finish(backbone)
 
-    def evaluate(backbone):
-        scores = {}
-        for name, scenes in (("think", heldout), ("iou", boxes)):
-            if scenes:
-                examples, texts = common.generate_answers(
-                    backbone, scenes, "think", settings.max_new_tokens, batch=settings.batch, keep=settings.keep_features
-                )
-                scores[name] = float(common.score_answers(texts, examples)[0].mean())
-        return scores
 
-    grpo(backbone, prompts, settings, folder, first_step, evaluate)
-    common.save_run(backbone, folder)
-    common.end_processes()
+def main():
+    """Read the settings and start the processes."""
+    runs.launch(work, runs.parse_settings(GRPOSettings, PRESETS, "stage3", before="stage2"), graceful=True)
 
 
 if __name__ == "__main__":

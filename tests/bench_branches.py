@@ -31,7 +31,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcess
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
-import stage0_data
+from support import toy_world
 
 PAIRS, NEW_TOKENS = 3, 16
 
@@ -39,8 +39,8 @@ PAIRS, NEW_TOKENS = 3, 16
 def build(folder):
     """A Qwen2.5-VL of about five million random weights, saved as a plain folder and loaded as a backbone."""
     texts = [*common.INSTRUCTIONS.values(), common.SYSTEM, "system user assistant"] * 3
-    tokenizer = stage0_data.build_tokenizer(texts)
-    config = stage0_data.build_model(tokenizer, 0).config
+    tokenizer = toy_world.build_tokenizer(texts)
+    config = toy_world.build_model(tokenizer, 0).config
     config.text_config.update({"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 2})
     config.text_config.rope_parameters["mrope_section"] = [8, 12, 12]
     config.vision_config.update({"hidden_size": 128, "out_hidden_size": 256, "intermediate_size": 384})
@@ -109,7 +109,7 @@ def measure(backbone, folder, prefix_tokens, completion):
     path = picture(folder, prefix_tokens - 16)
     scene = common.Scene((path,), "single_image", [])
     rng = np.random.default_rng(1)
-    vocabulary = list(range(len(stage0_data.SPECIAL), len(backbone.tokenizer)))  # words, no picture tokens
+    vocabulary = list(range(len(toy_world.SPECIAL), len(backbone.tokenizer)))  # words, no picture tokens
 
     def words(n):
         return rng.choice(vocabulary, n).tolist()

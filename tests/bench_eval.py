@@ -1,4 +1,4 @@
-"""How much faster is it to ask 18 questions about a video together than one at a time? Prints a JSON line last.
+"""How much faster are 18 questions about a video when they are answered together than one at a time? Prints a JSON line last.
 
     python tests/bench_eval.py           # half a minute on one CPU core, a tiny model with random weights
 
@@ -20,7 +20,7 @@ from transformers import Qwen2VLImageProcessorPil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
-import stage0_data
+from support import runs, toy_world
 
 QUESTIONS, FRAMES, SIDE, NEW_TOKENS, PAIRS = 18, 16, 168, 16, 3
 
@@ -30,8 +30,8 @@ def main():
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp())
     texts = [*common.INSTRUCTIONS.values(), common.SYSTEM, "system user assistant", "How many chairs are in this room? 0123456789"]
-    tokenizer = stage0_data.build_tokenizer(texts * 3)
-    model = stage0_data.build_model(tokenizer, seed=0)
+    tokenizer = toy_world.build_tokenizer(texts * 3)
+    model = toy_world.build_model(tokenizer, seed=0)
     for part in (model, tokenizer, Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=SIDE * SIDE)):
         part.save_pretrained(folder / "model")
     backbone = common.load_backbone(folder / "model", "fp32")
@@ -44,20 +44,20 @@ def main():
         for i in range(QUESTIONS)
     ]
 
-    def ask(groups):
-        """Seconds and texts of asking groups of questions, each group about one reading of the video."""
+    def answer(groups):
+        """Seconds and texts of answering groups of questions, each group with one reading of the video."""
         began, texts = time.perf_counter(), []
         for group in groups:
             scene = common.Scene(tuple(frames), "video", group)
-            for _, answers in common.answer_batches(backbone, [scene], "direct", NEW_TOKENS):
+            for _, answers in runs.answer_batches(backbone, [scene], "direct", NEW_TOKENS):
                 texts += answers[0]
         return time.perf_counter() - began, texts
 
     together, apart = [questions], [[question] for question in questions]
-    ask(together)  # warm up
+    answer(together)  # warm up
     times = []
     for _ in range(PAIRS):
-        (fast, one), (slow, other) = ask(together), ask(apart)
+        (fast, one), (slow, other) = answer(together), answer(apart)
         assert one == other, "the two ways must give the same answers"
         times.append((fast, slow))
         print(f"together {QUESTIONS / fast:.1f} questions a second, one at a time {QUESTIONS / slow:.1f}")

@@ -33,10 +33,10 @@ from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 import common
-import stage0_data
 import stage1_localize
 import stage2_understand
 import stage3_grpo
+from support import runs, toy_world
 
 TEXT = {"vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36, "num_attention_heads": 16,
         "num_key_value_heads": 2, "max_position_embeddings": 128_000, "initializer_range": 0.02,
@@ -49,8 +49,8 @@ QUESTIONS = 9
 
 def build(folder, shape, device):
     """A Qwen2.5-VL with random weights and our small tokenizer, in `folder`."""
-    tokenizer = stage0_data.build_tokenizer([*common.INSTRUCTIONS.values(), common.SYSTEM, "system user assistant chair"] * 3)
-    config = stage0_data.build_model(tokenizer, 0).config
+    tokenizer = toy_world.build_tokenizer([*common.INSTRUCTIONS.values(), common.SYSTEM, "system user assistant chair"] * 3)
+    config = toy_world.build_model(tokenizer, 0).config
     if shape == "3b":
         config.text_config.update(TEXT)
         config.text_config.rope_parameters.update({"rope_theta": 1e6, "mrope_section": [16, 24, 24]})
@@ -93,7 +93,7 @@ def stage(module, folder, load, asked):
         flags |= {"max_new_tokens": asked.new_tokens}
         (out.parent / "coldstart").mkdir()  # none is needed here: random weights earn nothing anyway
         (out.parent / "coldstart" / "model").symlink_to(folder / "model")
-    tokens, peaks, score, budget = {"forward": 0, "learnt": 0}, [], common.branch_logprobs, common.memory_budget
+    tokens, peaks, score, budget = {"forward": 0, "learnt": 0}, [], common.branch_logprobs, runs.memory_budget
 
     def counting(backbone, prefixes, branches):
         count = sum(len(p.ids) for p in prefixes) + sum(len(p) + len(c) for group in branches for p, c in group)
@@ -102,34 +102,34 @@ def stage(module, folder, load, asked):
         return score(backbone, prefixes, branches)
 
     def noting(backbone, *largest):
-        tokens["parameters"] = sum(p.numel() for p in common.core(backbone.model).model.language_model.layers.parameters())
+        tokens["parameters"] = sum(p.numel() for p in common.unwrap(backbone.model).model.language_model.layers.parameters())
         if load == "4bit":
             tokens["parameters"] *= 2  # two in a byte
         peaks.append(budget(backbone, *largest)[1])
         return budget(backbone, *largest)
 
     on_gpu = torch.cuda.is_available()
-    common.branch_logprobs, common.memory_budget, common.save_run = counting, noting, lambda *_: None
-    stage3_grpo.rewards = lambda texts, *_: (np.zeros(len(texts)), np.random.default_rng(len(texts)).random(len(texts)))
+    common.branch_logprobs, runs.memory_budget, runs.Run.finish = counting, noting, lambda *_: None
+    stage3_grpo.rewards = lambda texts, *_: {"accuracy": np.random.default_rng(len(texts)).random(len(texts))}
     sys.argv = [name, *[str(word) for key, value in flags.items() for word in (f"--{key}", value)]]
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     try:
         module.main()
     finally:
-        common.branch_logprobs, common.memory_budget = score, budget
+        common.branch_logprobs, runs.memory_budget = score, budget
     rows = common.read_jsonl(out / "metrics.jsonl")
     figures = {"stage": name, "load": load, "estimated": peaks[0] / 1e9}
     if on_gpu:
         figures |= {"peak": torch.cuda.max_memory_allocated() / 1e9, "reserved": torch.cuda.max_memory_reserved() / 1e9}
     gc.collect()
     torch.cuda.empty_cache()
-    updates = [row.get("update_seconds", row.get("seconds")) for row in rows[1:]]
+    updates = [row.get("update_seconds", row["seconds"]) for row in rows[1:]]
     writing = [row["rollout_seconds"] for row in rows[1:] if "rollout_seconds" in row]
     figures["seconds"] = statistics.median(updates) + (statistics.median(writing) if writing else 0)
     figures["update"] = tokens["learnt"] / len(rows) / statistics.median(updates)
     if writing:
-        figures["rollout"] = rows[-1]["length"] * 4 * 8 / statistics.median(writing)
+        figures["rollout"] = rows[-1]["completion_tokens"] * 4 * 8 / statistics.median(writing)
     peak = next((flops for card, flops in PEAKS.items() if on_gpu and card in torch.cuda.get_device_name()), None)
     if peak:
         flops = 2 * tokens["parameters"] * (tokens["forward"] + tokens["learnt"]) / len(rows)
@@ -168,7 +168,7 @@ def main():
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--new_tokens", type=int, default=1024)
     asked = parser.parse_args()
-    device = common.device_name()
+    device = runs.device()
     if device == "cpu" and asked.shape == "3b":
         raise SystemExit("There is no GPU here. --shape tiny runs the same on a CPU, which shows only that it runs.")
     if device != "cpu":

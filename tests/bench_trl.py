@@ -37,6 +37,7 @@ from transformers import PrinterCallback, Qwen2_5_VLForConditionalGeneration, Tr
 
 import common
 import stage3_grpo
+from support import runs
 
 try:
     from datasets import Dataset, Image
@@ -66,7 +67,7 @@ def prepare(folder, asked):
     example = common.Example("one", (path,), "single_image", "object count", "How many chairs are there?", None, "1")
     scene = common.Scene((path,), "single_image", [example])
     settings = stage3_grpo.GRPOSettings(
-        load="fp32", prompts=1, group=asked.group, max_new_tokens=asked.completion, steps=1, warmup=0.0, eval_every=10**9
+        load="fp32", train_batch=1, group_size=asked.group, max_new_tokens=asked.completion, steps=1, warmup=0.0, eval_every=10**9
     )
     common.adapt(backbone, settings)
     return backbone, settings, (scene, example)
@@ -75,16 +76,17 @@ def prepare(folder, asked):
 def our_step(backbone, settings, prompt, folder):
     """One step of stage 3's own loop. Returns its seconds, as it logs them."""
     settings.seed += 1
-    stage3_grpo.grpo(backbone, [prompt], settings, folder, 0, lambda backbone: {})
+    settings.out = str(folder)
+    stage3_grpo.grpo(backbone, [prompt], [], [], settings, runs.Run(settings, {}))
     row = common.read_jsonl(folder / "metrics.jsonl")[-1]
     return row["rollout_seconds"] + row["update_seconds"]
 
 
 def strip_our_loop():
     """Let stage 3's loop pay our reward, write no checkpoint and no curves, and say nothing."""
-    stage3_grpo.rewards = lambda texts, *_: (np.zeros(len(texts)), np.array([reward(text) for text in texts]))
-    common.save_checkpoint = common.draw_curves = common.say = lambda *_: None
-    stage3_grpo.tqdm = lambda steps, **_: tqdm(steps, disable=True)
+    stage3_grpo.rewards = lambda texts, *_: {"accuracy": np.array([reward(text) for text in texts])}
+    runs.Run.save = runs.draw_curves = common.print0 = runs.print0 = lambda *_: None
+    runs.tqdm = lambda steps, **_: tqdm(steps, disable=True)
 
 
 def count_seconds(module):
@@ -115,12 +117,13 @@ def make_trainer(folder, backbone, settings, prompt, steps, rows):
     data = Dataset.from_dict({"prompt": [messages] * steps, "image": [scene.images[0]] * steps}).cast_column("image", Image())
     config = GRPOConfig(
         output_dir=str(folder / "trl"), use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=steps, seed=0,
-        per_device_train_batch_size=rows, gradient_accumulation_steps=settings.group // rows, num_generations=settings.group,
+        per_device_train_batch_size=rows, gradient_accumulation_steps=settings.group_size // rows,
+        num_generations=settings.group_size,
         num_iterations=1, use_bias_correction_kl=False,  # TRL's default multiplies the KL by the ratio: not DeepSeekMath's
         max_completion_length=settings.max_new_tokens, temperature=settings.temperature, top_p=1.0, top_k=0,
         generation_kwargs={"min_new_tokens": settings.max_new_tokens, "suppress_tokens": backbone.suppress},
         learning_rate=settings.lr, lr_scheduler_type="constant", optim="adamw_torch", max_grad_norm=settings.clip,
-        beta=settings.beta, epsilon=settings.epsilon_low, loss_type=settings.loss_type, dataloader_pin_memory=False,
+        beta=settings.beta, epsilon=settings.epsilon_low, loss_type="grpo", dataloader_pin_memory=False,
         report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     lora = LoraConfig(
@@ -181,7 +184,7 @@ def compare(backbone, settings, prompt, trainer):
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.02)  # away from the reference
     set_peft_model_state_dict(trainer.model, get_peft_model_state_dict(backbone.model))
-    group, longest = settings.group, settings.max_new_tokens
+    group, longest = settings.group_size, settings.max_new_tokens
     lengths = [longest - i * longest // (2 * group) for i in range(group)]
     words = torch.randint(7, len(backbone.tokenizer), (group, longest))  # 7: behind the special tokens
     completions = [row[:length].tolist() for row, length in zip(words, lengths)]
@@ -234,7 +237,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prefix", type=int, default=1024)
     parser.add_argument("--completion", type=int, default=64)
-    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--group_size", type=int, default=8)
     parser.add_argument("--rows", type=int, help="completions in one forward of TRL; default: the group")
     parser.add_argument("--pairs", type=int, default=5)
     asked = parser.parse_args()
@@ -251,7 +254,7 @@ def main():
     trainer = make_trainer(folder, backbone, settings, prompt, asked.pairs + 1, asked.rows)
     alternate = Alternate(lambda: our_step(backbone, settings, prompt, folder))
     trainer.add_callback(alternate)
-    towers = [count_seconds(common.core(model).model.visual) for model in (backbone.model, trainer.model)]
+    towers = [count_seconds(common.unwrap(model).model.visual) for model in (backbone.model, trainer.model)]
     trainer.train()
     our_tower, their_tower = [sum(seconds) / len(alternate.pairs) for seconds in towers]
     ours, theirs = zip(*alternate.pairs[1:])  # the first is the warm-up

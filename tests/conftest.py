@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
-import stage0_data  # noqa: E402
+from support import toy_world  # noqa: E402
 
 PHOTO = Path(__file__).resolve().parents[2] / "shared" / "data" / "real_photo" / "000017.jpg"
 
@@ -57,8 +57,8 @@ def photo():
 def tiny_model(tmp_path_factory):
     """The folder of a Qwen2.5-VL of 1.3 M random weights, with tokenizer and image processor."""
     folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = stage0_data.build_tokenizer(TEXTS)
-    model = stage0_data.build_model(tokenizer, seed=0)
+    tokenizer = toy_world.build_tokenizer(TEXTS)
+    model = toy_world.build_model(tokenizer, seed=0)
     for layer in model.model.language_model.layers:  # they start at zero: no token would look at any other
         for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
             torch.nn.init.normal_(weight, std=0.06)

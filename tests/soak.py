@@ -22,17 +22,17 @@ from transformers import Qwen2VLImageProcessorPil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
-import stage0_data
 import stage3_grpo
+from support import runs, toy_world
 
 WARM_UP = 60  # behind the first checkpoint and its curves
 
 
 def build(folder):
     """A tiny model, and twelve pictures with a question each: the prompts."""
-    tokenizer = stage0_data.build_tokenizer([*common.INSTRUCTIONS.values(), common.SYSTEM, "system user assistant chair"] * 3)
+    tokenizer = toy_world.build_tokenizer([*common.INSTRUCTIONS.values(), common.SYSTEM, "system user assistant chair"] * 3)
     processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=56 * 56)
-    for part in (stage0_data.build_model(tokenizer, 0), tokenizer, processor):
+    for part in (toy_world.build_model(tokenizer, 0), tokenizer, processor):
         part.save_pretrained(folder / "model")
     prompts = []
     for number in range(12):
@@ -53,21 +53,21 @@ def main():
         folder = Path(folder)
         prompts = build(folder)
         settings = stage3_grpo.GRPOSettings(
-            load="fp32", prompts=4, group=4, max_new_tokens=16, steps=steps, save_every=50, eval_every=10**9, out=str(folder)
+            load="fp32", train_batch=4, group_size=4, max_new_tokens=16, steps=steps, save_every=50, eval_every=10**9,
+            out=str(folder),
         )
         backbone = common.load_backbone(folder / "model", "fp32")
         common.adapt(backbone, settings)
         rng = np.random.default_rng(0)
-        stage3_grpo.rewards = lambda texts, *_: (np.zeros(len(texts)), rng.random(len(texts)))  # random weights earn none
-        log = common.log
+        stage3_grpo.rewards = lambda texts, *_: {"accuracy": rng.random(len(texts))}  # random weights earn none
+        log = runs.Run.log
 
-        def noting(folder, row, name="metrics.jsonl"):
-            if name == "metrics.jsonl":
-                notes.append((process.memory_info().rss, process.num_fds(), row["rollout_seconds"] + row["update_seconds"]))
-            log(folder, row, name)
+        def noting(run, row, *args):
+            notes.append((process.memory_info().rss, process.num_fds(), row["rollout_seconds"] + row["update_seconds"]))
+            log(run, row, *args)
 
-        common.log, common.say = noting, lambda text: None
-        stage3_grpo.grpo(backbone, prompts, settings, folder, 0, lambda backbone: {})
+        runs.Run.log, common.print0 = noting, lambda text: None
+        stage3_grpo.grpo(backbone, prompts, [], [], settings, runs.Run(settings, {}))
     tenth = max(1, (steps - WARM_UP) // 10)
     first, last = ([statistics.median(column) for column in zip(*part)] for part in (notes[WARM_UP:][:tenth], notes[-tenth:]))
     growth = 100 * (last[0] / first[0] - 1)

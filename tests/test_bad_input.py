@@ -22,6 +22,7 @@ import stage0_data
 import stage1_localize
 import stage2_understand
 import stage3_grpo
+from support import runs
 
 KINDS = {SPATIAL: "spatial", GROUNDING: "locate", COLDSTART: "coldstart"}
 ONE, TWO = f"{SMALL}/20.jpg", f"{SMALL}/40.jpg"  # pictures of the folder
@@ -110,18 +111,24 @@ def test_an_answer_may_be_a_number_of_json(data, value):  # noqa: F811
     change(data, SPATIAL, 3, answer=value)
     example = common.read_examples(data, "spatial")[2]
     assert common.score_answers([str(value)], [example])[0].tolist() == [1.0]
-    assert common.sft_pair(example)[1] == f"{value}{common.STOP}"
+    assert common.training_pair(example)[1] == f"{value}{common.STOP}"
 
 
 @pytest.mark.parametrize(
     "options",
-    [None, [], "A. left B. right", ["A. left", 2], ["A. left", ""], ["A. left", None], ["A. left", "A. right"], {"A": "left"},
+    ["A. left B. right", ["A. left", 2], ["A. left", ""], ["A. left", None], ["A. left", "A. right"], {"A": "left"},
      ["a. left", "b. right"], ["Armchair", "Bed"], 7],
     ids=repr,
 )  # fmt: skip
 def test_options_without_letters_of_their_own_are_named(data, options):  # noqa: F811
     change(data, SPATIAL, 1, answer=options[0][0] if isinstance(options, list) and options else "A")
     named(data, SPATIAL, 1, put(data, SPATIAL, 1, "options", options), "options")
+
+
+@pytest.mark.parametrize("options", [None, []], ids=repr)
+def test_a_letter_without_options_is_named(data, options):  # noqa: F811
+    change(data, SPATIAL, 1, answer="A")
+    named(data, SPATIAL, 1, put(data, SPATIAL, 1, "options", options), "'A'", "options")
 
 
 def test_options_of_a_numeric_question_are_named(data):  # noqa: F811
@@ -338,7 +345,7 @@ def test_weights_are_checked_in_4bit_too(folder):
 
 def test_an_adapter_folder_is_called_by_its_name(tiny_model, tmp_path):
     backbone = common.load_backbone(tiny_model, "fp32")
-    common.adapt(backbone, common.TrainSettings())
+    common.adapt(backbone, runs.TrainSettings())
     common.save_model(backbone, tmp_path)
     said = message(common.load_backbone, tmp_path / "adapter", "fp32")
     assert f"{tmp_path / 'adapter'} is a LoRA adapter" in said and "model/" in said
@@ -376,13 +383,13 @@ def test_a_prompt_longer_than_the_context_names_its_rows(backbone, ladder_data):
 
 @pytest.fixture
 def saved(backbone, tmp_path):
-    """(backbone, its optimizers, folder with a checkpoint of both, settings)."""
+    """(backbone, its optimizers, run with a checkpoint of both, settings)."""
     settings = stage1_localize.LocalizeSettings(model="m", data="d", out=str(tmp_path / "run"), lora_rank=2)
     common.adapt(backbone, settings)
-    optimizers = common.make_optimizers(backbone.model, settings)
-    path, _ = common.start_run(settings)
-    common.save_checkpoint(path, 3, backbone, optimizers, settings)
-    return backbone, optimizers, path, settings
+    optimizers = runs.make_optimizers(backbone.model, settings)
+    run = runs.Run(settings, {})
+    run.save(3, backbone, optimizers)
+    return backbone, optimizers, run, settings
 
 
 class Trap:
@@ -390,73 +397,69 @@ class Trap:
         return print, ("it runs",)
 
 
-def reshaped_checkpoint(path):
-    weights = load_file(path / "weights.safetensors")
-    name = next(iter(weights))
-    save_file(weights | {name: weights[name][:1].contiguous()}, path / "weights.safetensors")
+def change_checkpoint(path, change):
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
 
 
-def extended_checkpoint(path):
-    save_file(load_file(path / "weights.safetensors") | {"more": torch.zeros(2)}, path / "weights.safetensors")
+def reshape_first(state):
+    name = next(iter(state["weights"]))
+    state["weights"][name] = state["weights"][name][:1].contiguous()
 
 
-CHECKPOINTS = {
-    "code": lambda path: torch.save(Trap(), path / "optimizers.pt"),
-    "cut optimizers": lambda path: os.truncate(path / "optimizers.pt", 500),
-    "no optimizers": lambda path: (path / "optimizers.pt").unlink(),
-    "other optimizers": lambda path: torch.save([{"state": {}, "param_groups": []}], path / "optimizers.pt"),
-    "cut weights": lambda path: os.truncate(path / "weights.safetensors", 500),
-    "no weights": lambda path: (path / "weights.safetensors").unlink(),
-    "other shapes": reshaped_checkpoint,
-    "other weights": extended_checkpoint,
+CHECKPOINTS = {  # what is wrong: how it is made from the checkpoint's path
+    "code": lambda path: torch.save({"step": 3, "config": {}, "weights": Trap()}, path),
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: os.truncate(path, 0),
+    "no zip": lambda path: path.write_text("{"),
+    "a list": lambda path: torch.save([3], path),
+    "no config": lambda path: torch.save({"step": 3}, path),
+    "no number": lambda path: torch.save({"step": "x", "config": {}}, path),
+    "other optimizers": lambda path: change_checkpoint(path, lambda s: s.update(optimizers=[{"state": {}, "param_groups": []}])),
+    "no optimizers": lambda path: change_checkpoint(path, lambda s: s.update(optimizers=[])),
+    "no weights": lambda path: change_checkpoint(path, lambda s: s.pop("weights")),
+    "other shapes": lambda path: change_checkpoint(path, reshape_first),
+    "other weights": lambda path: change_checkpoint(path, lambda s: s["weights"].update(more=torch.zeros(2))),
 }
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_checkpoint_that_is_broken_or_of_another_model_is_named(saved, name, capsys):
-    backbone, optimizers, path, _ = saved
-    CHECKPOINTS[name](path / "checkpoint")
-    said = message(common.load_checkpoint, path, backbone, optimizers)
-    assert str(path / "checkpoint") in said and "--resume never" in said and "\n" not in said
+    backbone, optimizers, run, settings = saved
+    CHECKPOINTS[name](run.checkpoint)
+    content = run.checkpoint.read_bytes()
+    said = message(lambda: runs.Run(settings, {}).restore(backbone, optimizers))
+    assert str(run.checkpoint) in said and "--resume never" in said and "\n" not in said
     assert "it runs" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("text", ["{", "", "[]", "{}", '{"step": 3}', '{"step": "x", "config": {}}', '{"step": 3, "config": 5}'])
-def test_a_broken_state_of_a_checkpoint_is_named(saved, text):
-    _, _, path, settings = saved
-    (path / "checkpoint" / "state.json").write_text(text)
-    said = message(common.start_run, settings)
-    assert str(path / "checkpoint" / "state.json") in said and "--resume never" in said
-    assert (path / "checkpoint" / "weights.safetensors").is_file()  # nothing is lost
+    assert run.checkpoint.read_bytes() == content  # nothing is lost
 
 
 def test_a_checkpoint_of_another_stage_or_version_is_refused_by_the_setting(saved):
-    _, _, path, settings = saved
-    said = message(common.start_run, stage2_understand.UnderstandSettings(**vars(settings)))
-    assert str(path / "checkpoint") in said and "no --direct" in said and "--direct 1.0" in said
-    state = json.loads((path / "checkpoint" / "state.json").read_text())
-    state["config"]["flavour"] = "sweet"
-    (path / "checkpoint" / "state.json").write_text(json.dumps(state))
-    said = message(common.start_run, settings)
+    _, _, run, settings = saved
+    said = message(runs.Run, stage2_understand.UnderstandSettings(**vars(settings)), {})
+    assert str(run.folder) in said and "no --direct" in said and "--direct 1.0" in said
+    change_checkpoint(run.checkpoint, lambda state: state["config"].update(flavour="sweet"))
+    said = message(runs.Run, settings, {})
     assert "--flavour sweet" in said and "no --flavour" in said
 
 
 @pytest.mark.parametrize("name,value", [("preset", "3b"), ("model", "other")])
 def test_a_run_of_another_preset_or_model_is_refused(saved, name, value):
-    _, _, path, settings = saved
-    said = message(common.start_run, replace(settings, lr=0.5, **{name: value}))
+    _, _, run, settings = saved
+    said = message(runs.Run, replace(settings, lr=0.5, **{name: value}), {})
     assert f"--{name} {getattr(settings, name)}, not --{name} {value}" in said  # before all else
-    assert common.start_run(settings) == (path, 3)
+    assert runs.Run(settings, {}).first == 3
 
 
 def test_a_checkpoint_is_refused_when_the_model_it_started_from_was_made_anew(saved, folder):
     """At the same place, by the stage before: going on would mix the two, or call the old run finished."""
-    _, optimizers, path, settings = saved
+    _, optimizers, run, settings = saved
     reshape(folder, lambda weights: weights[WEIGHT].add_(0.1))
     backbone = common.load_backbone(folder, "fp32")
     common.adapt(backbone, settings)
-    said = message(common.load_checkpoint, path, backbone, optimizers)
-    assert str(path / "checkpoint") in said and str(folder) in said and "--resume never" in said
+    said = message(runs.Run(settings, {}).restore, backbone, optimizers)
+    assert str(run.checkpoint) in said and str(folder) in said and "--resume never" in said
 
 
 def test_a_finished_cold_start_of_other_settings_is_refused(tmp_path):
@@ -466,7 +469,7 @@ def test_a_finished_cold_start_of_other_settings_is_refused(tmp_path):
     (cold / "model" / "config.json").write_text("{}")
     assert stage3_grpo.cold_start(settings) == f"{cold}/model"  # the folder alone, as it was copied
     (cold / "config.json").write_text(json.dumps(vars(settings)))
-    assert stage3_grpo.cold_start(replace(settings, beta=0.5, group=4, micro_scenes=3)) == f"{cold}/model"
+    assert stage3_grpo.cold_start(replace(settings, beta=0.5, group_size=4, micro_batch=3)) == f"{cold}/model"
     for name, value in {"model": "other/model", "data": "e", "cold_mix": 0.5, "cold_steps": 7}.items():
         said = message(stage3_grpo.cold_start, replace(settings, **{name: value}))
         assert str(cold) in said and f"--{name} {value}" in said and "--resume never" in said
@@ -480,62 +483,61 @@ def test_a_finished_cold_start_of_other_settings_is_refused(tmp_path):
 def test_no_rows_left_are_told(backbone, ladder_data, tmp_path):
     settings = stage2_understand.UnderstandSettings(data=str(ladder_data), direct=0.0, worked=0.0, replay=0.0)
     scenes = common.load_scenes(ladder_data, ["spatial"], backbone.processor)
-    packs = stage2_understand.mix(scenes, settings)
-    said = message(common.sft, backbone, packs, settings, tmp_path, 0, None, {})
+    packs = common.make_packs(backbone.tokenizer, stage2_understand.mix(scenes, settings), 8, 0)
+    said = message(stage2_understand.train, backbone, packs, [], [], settings, None)
     assert packs == [] and str(ladder_data) in said and "nothing to learn" in said
 
 
 def test_held_out_files_without_rows_are_named(backbone, data):  # noqa: F811
     (data / "heldout").mkdir()
     (data / "heldout" / SPATIAL).write_text("\n")
-    settings = common.TrainSettings(data=str(data))
-    said = message(common.heldout_scenes, settings, ["spatial"], backbone.processor)
+    settings = runs.TrainSettings(data=str(data))
+    said = message(runs.held_out_scenes, settings, ["spatial"], backbone.processor)
     assert str(data / "heldout" / SPATIAL) in said and "no rows" in said
 
 
 def test_a_step_larger_than_the_data_is_one_step(backbone, data, tmp_path):  # noqa: F811
     settings = stage1_localize.LocalizeSettings(
-        data=str(data), out=str(tmp_path / "run"), scenes=40, branches=1, micro_scenes=40, keep_features=True
+        data=str(data), out=str(tmp_path / "run"), train_batch=40, branches=1, micro_batch=40, keep_features=True
     )
     scenes = common.load_scenes(data, ["locate"], backbone.processor)[:1]
-    packs = common.make_packs(scenes, settings.branches, 0)[:3]
+    packs = common.make_packs(backbone.tokenizer, scenes, settings.branches, 0)[:3]
     common.adapt(backbone, settings)
-    path, _ = common.start_run(settings)
-    common.sft(backbone, packs, settings, path, 0, lambda *_: {}, {"loss": ["loss"]})
-    assert [row["step"] for row in common.read_jsonl(path / "metrics.jsonl")] == [1]
+    run = runs.Run(settings, {"loss": ["loss"]})
+    stage1_localize.train(backbone, packs, [], settings, run)
+    assert [row["step"] for row in common.read_jsonl(run.folder / "metrics.jsonl")] == [1]
 
 
 @pytest.fixture
 def asked(backbone, ladder_data, tmp_path):
-    """(backbone, prompts, settings, folder) of a GRPO of two questions."""
+    """(backbone, prompts, settings, run) of a GRPO of two questions."""
     scene = common.group_scenes(common.read_examples(ladder_data, "spatial"))[0]
     settings = stage3_grpo.GRPOSettings(
-        out=str(tmp_path / "run"), data="d", prompts=3, group=2, max_new_tokens=2, steps=0, locate=0.0, micro_scenes=8, lora_rank=2
+        out=str(tmp_path / "run"), data="d", train_batch=3, group_size=2, max_new_tokens=2, steps=0, locate=0.0, micro_batch=8,
+        lora_rank=2,
     )
     common.adapt(backbone, settings)
-    path, _ = common.start_run(settings)
-    return backbone, [(scene, example) for example in scene.examples[:2]], settings, path
+    return backbone, [(scene, example) for example in scene.examples[:2]], settings, runs.Run(settings, {})
 
 
 def test_more_prompts_than_questions_are_one_step(asked):
-    backbone, prompts, settings, path = asked
-    stage3_grpo.grpo(backbone, prompts, settings, path, 0, lambda backbone: {})
-    assert [row["step"] for row in common.read_jsonl(path / "metrics.jsonl")] == [1]
+    backbone, prompts, settings, run = asked
+    stage3_grpo.grpo(backbone, prompts, [], [], settings, run)
+    assert [row["step"] for row in common.read_jsonl(run.folder / "metrics.jsonl")] == [1]
 
 
 def test_prompts_without_spatial_questions_are_told(asked):
-    backbone, prompts, settings, path = asked
+    backbone, prompts, settings, run = asked
     only = [(scene, replace(example, question_type="locate")) for scene, example in prompts]
     for prompts in ([], only):
-        said = message(stage3_grpo.grpo, backbone, prompts, settings, path, 0, None)
+        said = message(stage3_grpo.grpo, backbone, prompts, [], [], settings, run)
         assert str(settings.data) in said and "no spatial questions" in said
 
 
 def test_fewer_prompts_than_processes_are_told(asked, monkeypatch):
-    backbone, prompts, settings, path = asked
-    monkeypatch.setattr(common, "world", lambda: (0, 4))
-    said = message(stage3_grpo.grpo, backbone, prompts, settings, path, 0, None)
-    assert "--prompts 3" in said and "4" in said
+    monkeypatch.setattr(runs, "world_size", lambda: 4)
+    said = message(stage3_grpo.check, asked[2])
+    assert "--train_batch 3" in said and "4" in said
 
 
 # ------------------------------------------------------------------------------------------------
@@ -545,7 +547,7 @@ def test_fewer_prompts_than_processes_are_told(asked, monkeypatch):
 
 def parsed(module, *argv):
     cls = SCRIPTS[module.__name__]
-    return common.parse_settings(cls, module.PRESETS, "x", argv=[str(word) for word in argv])
+    return runs.parse_settings(cls, module.PRESETS, "x", argv=[str(word) for word in argv])
 
 
 def complaint(capsys, module, *argv):
@@ -557,14 +559,16 @@ def complaint(capsys, module, *argv):
 
 
 TOO_SMALL = [(stage1_localize, name, value) for name, value in (
-    ("scenes", 0), ("branches", 0), ("micro_scenes", 0), ("save_every", 0), ("eval_every", 0), ("eval_scenes", 0), ("lora_rank", 0),
+    ("train_batch", 0), ("branches", 0), ("micro_batch", 0), ("save_every", 0), ("eval_every", 0), ("eval_scenes", -1),
+    ("lora_rank", 0),
     ("steps", -1), ("max_steps", -1), ("processes", 0), ("clip", 0), ("lr", -1e-4), ("lr", "nan"), ("lr", "inf"), ("warmup", -0.1),
     ("max_pixels", -1), ("seed", -1),
 )] + [(stage3_grpo, name, value) for name, value in (
-    ("prompts", 0), ("group", 0), ("mu", 0), ("max_new_tokens", 0), ("temperature", 0), ("temperature", -1), ("cold_scenes", 0),
+    ("train_batch", 0), ("group_size", 0), ("mu", 0), ("max_new_tokens", 0), ("temperature", 0), ("temperature", -1),
+    ("cold_train_batch", 0),
     ("cold_eval_every", 0), ("show_every", 0), ("beta", -1), ("locate", -0.5), ("cold_steps", -1),
 )] + [
-    (stage2_understand, "direct", -1), (evaluation, "batch", 0), (evaluation, "frames", 0), (stage0_data, "rooms", 0),
+    (stage2_understand, "direct", -1), (evaluation, "eval_batch", 0), (evaluation, "frames", 0), (stage0_data, "rooms", 0),
 ]  # fmt: skip
 
 
@@ -591,7 +595,7 @@ def test_every_preset_passes(module):
 
 
 @pytest.mark.parametrize("module,name", [(stage1_localize, "load"), (stage1_localize, "tune"), (stage1_localize, "optimizer"),
-                                         (stage3_grpo, "cold_tune"), (stage3_grpo, "cold_optimizer"), (stage3_grpo, "loss_type"),
+                                         (stage3_grpo, "cold_tune"), (stage3_grpo, "cold_optimizer"), (stage3_grpo, "loss_average"),
                                          (evaluation, "resume"), (stage0_data, "resume")])  # fmt: skip
 def test_a_word_that_is_no_choice_is_refused(capsys, module, name):
     line = complaint(capsys, module, f"--{name}", "other")
@@ -600,10 +604,10 @@ def test_a_word_that_is_no_choice_is_refused(capsys, module, name):
 
 
 def test_muon_is_refused_for_adapters(backbone):
-    settings = common.TrainSettings(optimizer="muon", tune="lora")
-    assert "--optimizer muon" in message(common.make_optimizers, backbone.model, settings)
+    settings = runs.TrainSettings(optimizer="muon", tune="lora")
+    assert "--optimizer muon" in message(runs.make_optimizers, backbone.model, settings)
 
 
 def test_a_share_of_boxes_that_leaves_no_question_is_refused():
-    said = message(stage3_grpo.check, stage3_grpo.GRPOSettings(locate=0.98, prompts=16))
+    said = message(stage3_grpo.check, stage3_grpo.GRPOSettings(locate=0.98, train_batch=16))
     assert "--locate 0.98" in said

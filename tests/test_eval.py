@@ -24,11 +24,12 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import common
 import eval as evaluation
 from common import Example
-from eval import Item, columns, score_prediction
+from support import benchmarks, report, runs
+from support.benchmarks import Item, columns, score_prediction
 
 ROOT = Path(evaluation.__file__).parent
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "ViewSpatial-Bench.json"
-SMALL = ("--max_new_tokens", "6", "--batch", "4", "--frames", "4", "--min_pixels", 56 * 56, "--max_pixels", 84 * 84,
+SMALL = ("--max_new_tokens", "6", "--eval_batch", "4", "--frames", "4", "--min_pixels", 56 * 56, "--max_pixels", 84 * 84,
          "--load", "fp32", "--mode", "direct")  # fmt: skip
 ALL = ("vsi", "spbench-si", "spbench-mv", "cvbench", "spar", "viewspatial")
 SIDES = ["A. left", "B. right", "C. front", "D. back"]
@@ -149,7 +150,7 @@ def second_opinion(benchmark, row, text):
         if float(row["ground_truth"]) == 0:
             raise ZeroDivisionError
         return mra(float(said[0]), float(row["ground_truth"]))
-    if row["task"] in evaluation.SPAR_LOW:
+    if row["task"] in benchmarks.SPAR_LOW:
         said = re.findall(r"\d+\.\d+|\d+", re.sub(r"\^\d", "^", text))  # no powers
         if not said:
             return 0.0
@@ -209,8 +210,8 @@ def test_paper_scorers_equal_a_second_writing():
 
 def test_a_right_motion_is_a_legal_answer():
     item = Item(*moved("move_right:2,rotate_up:10"), Example("spar:1", (), "multi_view", "view_change_infer", "?", None, ""))
-    assert evaluation.score_row(item, "move_right:2,rotate_up:10")["legal"]
-    assert not evaluation.score_row(item, "I cannot tell")["legal"]
+    assert benchmarks.score_completion(item, "move_right:2,rotate_up:10")["legal"]
+    assert not benchmarks.score_completion(item, "I cannot tell")["legal"]
 
 
 # Averages
@@ -273,13 +274,13 @@ def test_the_guess_equals_a_search_over_all_answers():
     for truths in ([1, 2, 2.2, 2.4, 8], [3, 3, 0.5], [0, 0, 4], [7]):
         some = items(number, truths, "ground_truth")
         tries = [[score_prediction("spbench", item.row, str(v)) for item in some] for v in sorted(set(truths))]
-        assert evaluation.guess_scores(some).tolist() == pytest.approx(max(tries, key=sum))
+        assert benchmarks.guess_scores(some).tolist() == pytest.approx(max(tries, key=sum))
     some = items(cv, ["(C)", "(A)", "(C)", "(F)"], "answer")
-    assert evaluation.guess_scores(some).tolist() == [1, 0, 1, 0]
+    assert benchmarks.guess_scores(some).tolist() == [1, 0, 1, 0]
     some[0].row["choices"] = list("012")  # another number of options: another constant
-    assert evaluation.guess_scores(some).tolist() in ([1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1])
+    assert benchmarks.guess_scores(some).tolist() in ([1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1])
     still = Item(*moved("move_right:2"), Example("x", (), "", "view_change_infer", "", None, ""))
-    assert evaluation.guess_scores([still]).tolist() == pytest.approx([0.8])
+    assert benchmarks.guess_scores([still]).tolist() == pytest.approx([0.8])
 
 
 # Adapters
@@ -370,11 +371,11 @@ def downloads(tmp_path_factory, photo):
 
 
 def settings_for(*flags):
-    return common.parse_settings(evaluation.EvalSettings, evaluation.PRESETS, "eval", argv=[str(flag) for flag in flags])
+    return runs.parse_settings(evaluation.EvalSettings, evaluation.PRESETS, "eval", argv=[str(flag) for flag in flags])
 
 
 def read(name, data, folder, *flags):
-    return evaluation.read_items(name, settings_for("--data", data, *flags), folder)
+    return benchmarks.read_items(name, settings_for("--data", data, *flags), folder)
 
 
 WANTED = {  # (id, type, kind of pictures, pictures, options asked, answer)
@@ -436,7 +437,7 @@ def test_versions_and_formats_of_vsi(downloads, tmp_path):
 
 def unpack_many(folder):
     for n in range(400):
-        evaluation.unpack([{"bytes": b"x" * 20_000}], folder, n)
+        benchmarks.unpack([{"bytes": b"x" * 20_000}], folder, n)
 
 
 def test_two_processes_may_unpack_at_once(tmp_path):
@@ -459,7 +460,6 @@ BROKEN = {  # benchmark, the file or folder that is spoilt, what stands there th
     "broken JSON": ("viewspatial", "ViewSpatial-Bench/ViewSpatial-Bench.json", b'[{"question": ', ["Bench.json", "not JSON"]),
     "a missing table": ("cvbench", "CV-Bench/test_2d.parquet", None, ["test_2d.parquet is missing"]),
     "no folder": ("spar", "SPAR-Bench", None, ["SPAR-Bench", "missing"]),
-    "an unknown name": ("vsibench", "SPAR-Bench", None, ["vsibench", "viewspatial", "stage0"]),
 }
 
 
@@ -470,11 +470,22 @@ def test_what_is_broken_is_named_before_any_model_is_loaded(name, downloads, tmp
     (tmp_path / "data" / path).rename(tmp_path / "away")
     if content:
         (tmp_path / "data" / path).write_bytes(content)
-    settings = settings_for("--benchmarks", benchmark, "--data", tmp_path / "data", "--model", "runs/none")
+    flags = ("--benchmarks", benchmark, "--data", tmp_path / "data", "--model", "runs/none", "--out", tmp_path)
     with pytest.raises(SystemExit) as error:
-        evaluation.main_benchmarks(settings, tmp_path)
+        evaluation.score_models(settings_for(*flags))
     assert all(word in str(error.value) for word in words), error.value
     assert "no model" not in str(error.value) and not (tmp_path / "predictions.jsonl").exists()
+
+
+@pytest.mark.parametrize("flag, value, words", [
+    ("benchmarks", "vsibench", ["viewspatial", "stage0"]), ("mode", "fast", ["think", "direct"]), ("load", "8bit", ["fp32"]),
+    ("vsi", "half", ["full", "debiased", "pruned"]), ("hint", "line", ["box", "box+line"]),
+])  # fmt: skip
+def test_an_unknown_word_is_refused_with_the_known_ones(flag, value, words, capsys):
+    with pytest.raises(SystemExit):
+        settings_for(f"--{flag}", value)
+    complaint = capsys.readouterr().err.splitlines()[-1]
+    assert f"--{flag}" in complaint and all(repr(word) in complaint for word in (value, *words)), complaint
 
 
 @pytest.mark.skipif(not REAL.is_file(), reason="the real questions are not here")
@@ -498,8 +509,8 @@ def test_the_real_viewspatial(tmp_path, monkeypatch):
         constant = [score_prediction("viewspatial", row, "A", scorer) for row in rows]
         assert set(columns("viewspatial", rows, perfect, how)["columns"].values()) == {1.0}
         assert columns("viewspatial", rows, constant, how)["columns"] == pytest.approx(a)
-    found = evaluation.benchmark_scores("viewspatial", items, [{"score": 1.0, "paper": 1.0, "format": 1, "legal": 1}] * 5712, 0)
-    assert ["x, strict", "100.0", "100.0", "100.0"] in evaluation.benchmark_table("viewspatial", found, "x")
+    found = benchmarks.benchmark_scores("viewspatial", items, [{"score": 1.0, "paper": 1.0, "format": 1, "legal": 1}] * 5712, 0)
+    assert ["x, strict", "100.0", "100.0", "100.0"] in benchmarks.benchmark_table("viewspatial", found, "x")
 
 
 # Asking
@@ -517,13 +528,13 @@ def test_batches_are_asked_once_and_pictures_read_once(ladder_data, downloads, b
 
     def ask(scenes, **kwargs):
         reads.clear()
-        pairs = [(scene, some) for part, texts in common.answer_batches(backbone, scenes, "direct", 6, **kwargs)
+        pairs = [(scene, some) for part, texts in runs.answer_batches(backbone, scenes, "direct", 6, **kwargs)
                  for scene, some in zip(part, texts)]  # fmt: skip
         return {e.id: text for scene, some in pairs for e, text in zip(scene.examples, some)}, [scene for scene, _ in pairs]
 
     for batch in (1, 5, 100):
         asked = []
-        texts, seen = ask(scenes, batch=batch, skip=asked.append)
+        texts, seen = ask(scenes, eval_batch=batch, skip=asked.append)
         assert [id(scene) for scene in seen] == [id(scene) for scene in scenes] == [id(s) for part in asked for s in part]
         assert sorted(reads) == sorted(path for scene in scenes for path in scene.images)
         assert all(len(part) == 1 or sum(len(scene.examples) for scene in part) <= batch for part in asked)
@@ -533,13 +544,53 @@ def test_batches_are_asked_once_and_pictures_read_once(ladder_data, downloads, b
             alone |= ask([common.Scene(scene.images, scene.data_type, [e])])[0]
     assert alone == texts and len(set(texts.values())) > 1
 
-    sampled, _ = ask(scenes, batch=4, temperature=1.0, seed="7")
-    rest, seen = ask(scenes, batch=4, temperature=1.0, seed="7", skip=lambda part: scenes[0] in part)
+    sampled, _ = ask(scenes, eval_batch=4, temperature=1.0, seed="7")
+    rest, seen = ask(scenes, eval_batch=4, temperature=1.0, seed="7", skip=lambda part: scenes[0] in part)
     first = {e.id for e in scenes[0].examples}
     assert rest == {key: text for key, text in sampled.items() if key not in first}  # each batch has its own seed
     assert sorted(reads) == sorted(path for scene in scenes[1:] for path in scene.images) and len(seen) == len(scenes) - 1
     assert ask(scenes, skip=lambda part: True) == ({}, []) and not reads
-    assert ask(scenes, batch=4, temperature=1.0, seed="8")[0] != sampled
+    assert ask(scenes, eval_batch=4, temperature=1.0, seed="8")[0] != sampled
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_bar_ends_exactly_at_its_total(size, ladder_data, backbone, tmp_path, monkeypatch):
+    """Also with several processes whose shares are unequal, and when a stopped run is resumed."""
+    settings = settings_for("--benchmarks", "stage0", "--data", ladder_data, "--out", tmp_path, *SMALL)
+    backbone.processor.size = {"shortest_edge": 56 * 56, "longest_edge": 84 * 84}
+    items, _ = benchmarks.read_items("stage0", settings, tmp_path)
+    items, bars = items[:9], []  # three scenes, of four, two and three questions
+
+    class Watched(evaluation.Progress):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.values, self.hidden = [self.n], self.disable  # a bar that is closed is disabled, too
+            bars.append(self)
+
+        def update(self, count=1):
+            super().update(count)
+            self.values.append(self.n)
+
+    monkeypatch.setattr(evaluation, "Progress", Watched)
+    monkeypatch.setattr(runs, "world_size", lambda: size)
+    for rank in range(size):
+        monkeypatch.setattr(runs, "rank", lambda: rank)  # noqa: B023
+        done = {}
+        evaluation.answer_items(backbone, items, "model", "direct", 0.0, 0, settings, done)
+        assert len(done) == len([e for scene in runs.share(sorted_scenes(items)) for e in scene.examples])
+        for kept in range(len(done) + 1):  # a run that was stopped there
+            some = dict(list(done.items())[:kept])
+            evaluation.answer_items(backbone, items, "model", "direct", 0.0, 0, settings, some)
+            assert some == done
+    assert len({bar.share for bar in bars}) == size and sum({bar.share for bar in bars}) == 9
+    assert sum(not bar.hidden for bar in bars) >= 5
+    for bar in bars:
+        assert bar.total == 9 and bar.values[-1] == (0 if bar.hidden else 9)
+        assert bar.values == sorted(bar.values) and bar.values[0] == 0
+
+
+def sorted_scenes(items):
+    return sorted(common.group_scenes([item.example for item in items]), key=lambda scene: (scene.data_type, len(scene.images)))
 
 
 # Whole runs
@@ -589,8 +640,7 @@ TWO = ("--benchmarks", "cvbench", "vsi")
 
 def go(folder, model, data, *flags):
     settings = settings_for("--model", model, "--data", data, "--out", folder, *SMALL, *TWO, *flags)
-    folder.mkdir(exist_ok=True)
-    evaluation.main_benchmarks(settings, folder)
+    evaluation.score_models(settings)
 
 
 @pytest.fixture(scope="module")
@@ -634,11 +684,11 @@ def test_a_stopped_run_goes_on_to_the_same_end(kept, cut, sampled, downloads, ti
 def test_answers_may_hold_any_letter(text, tmp_path):
     row = {"model": "model", "mode": "direct", "temperature": 0.0, "sample": 0, "text": text}
     evaluation.save_predictions(tmp_path, {"seed": 0}, [row | {"id": "1"}, row | {"id": "2"}])
-    done = evaluation.open_predictions(tmp_path, {"seed": 0}, settings_for())
+    done = evaluation.open_predictions(tmp_path, {"seed": 0})
     assert [row["text"] for row in done.values()] == [text, text]
     data = (tmp_path / "predictions.jsonl").read_bytes()
     (tmp_path / "predictions.jsonl").write_bytes(data[: data.rindex(text[-1].encode()) + 1])  # stopped inside a letter
-    assert [key[-1] for key in evaluation.open_predictions(tmp_path, {"seed": 0}, settings_for())] == ["1"]
+    assert [key[-1] for key in evaluation.open_predictions(tmp_path, {"seed": 0})] == ["1"]
 
 
 OTHERS = {"seed": 1, "frames": 2, "max_pixels": 56 * 56, "mode": "think", "questions": 3, "vsi": "pruned", "hint": "box"}
@@ -667,7 +717,7 @@ def test_another_model_is_refused_and_never_starts_anew(sampled, downloads, tiny
 
 
 def test_a_mistyped_model_does_not_lock_the_folder(downloads, tiny_model, tmp_path):
-    with pytest.raises(SystemExit, match="holds no model"):
+    with pytest.raises(SystemExit, match="has no model"):
         go(tmp_path, "runs/none", downloads)
     go(tmp_path, tiny_model, downloads)
 
@@ -689,8 +739,8 @@ def test_the_answers_of_a_slow_process_are_waited_for(tmp_path, monkeypatch):
     evaluation.save_predictions(tmp_path, {"seed": 0}, rows[:1])
     late = tmp_path / "predictions.1.jsonl"
     arrive = [lambda: late.write_text(json.dumps(rows[1]) + "\n")]
-    monkeypatch.setattr(evaluation, "meet", lambda: arrive and arrive.pop()())
-    found = evaluation.collect(tmp_path, {"seed": 0}, settings_for(), [evaluation.key_of(row) for row in rows])
+    monkeypatch.setattr(runs, "barrier", lambda: arrive and arrive.pop()())
+    found = evaluation.collect(tmp_path, {"seed": 0}, [evaluation.key_of(row) for row in rows])
     assert found == rows
 
 
@@ -704,7 +754,7 @@ def test_the_answers_of_a_slow_process_are_waited_for(tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_semantic_entropy_by_hand(texts, options, shares):
     wanted = -sum(n / len(texts) * math.log(n / len(texts)) for n in shares)
-    assert evaluation.semantic_entropy(texts, options) == pytest.approx(wanted)
+    assert benchmarks.semantic_entropy(texts, options) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("hint", ["box", "box+line"])
@@ -712,7 +762,7 @@ def test_a_hint_is_drawn_on_a_copy(hint, tmp_path):
     Image.new("RGB", (200, 120), "gray").save(tmp_path / "a.png")
     boxes = {"chair": [10, 20, 50, 80], "bed": [120, 40, 190, 100]}
     item = Item("stage0", {}, Example("x:1", (str(tmp_path / "a.png"),), "single_image", "", "", None, ""), boxes)
-    evaluation.draw_hint(item, hint, tmp_path / "deep" / "b.png")
+    benchmarks.draw_hint(item, hint, tmp_path / "deep" / "b.png")
     grey, drawn = (common.load_image(tmp_path / name) for name in ("a.png", "deep/b.png"))
     assert grey.getcolors() == [(200 * 120, (128, 128, 128))]
     for (x1, y1, x2, y2), colour in zip(boxes.values(), ((255, 0, 0), (0, 255, 0))):
@@ -724,11 +774,11 @@ def test_a_hint_is_drawn_on_a_copy(hint, tmp_path):
 
 
 def test_cells_are_in_a_box_by_their_middle():
-    found = evaluation.inside_boxes([[0, 0, 20, 10]], (40, 20), (2, 4))
+    found = benchmarks.inside_boxes([[0, 0, 20, 10]], (40, 20), (2, 4))
     assert found.tolist() == [[True, True, False, False], [False] * 4]
-    found = evaluation.inside_boxes([[25, 15, 36, 16], [0, 0, 6, 6]], (40, 20), (2, 4))  # a middle on the edge counts once
+    found = benchmarks.inside_boxes([[25, 15, 36, 16], [0, 0, 6, 6]], (40, 20), (2, 4))  # a middle on the edge counts once
     assert found.tolist() == [[True, False, False, False], [False, False, True, True]]
-    assert not evaluation.inside_boxes([[6, 6, 14, 14]], (40, 20), (2, 4)).any()
+    assert not benchmarks.inside_boxes([[6, 6, 14, 14]], (40, 20), (2, 4)).any()
 
 
 @pytest.mark.parametrize("thought, rest", [("", "B"), ("<think>x, y</think><answer>", "B</answer>")], ids=["direct", "think"])
@@ -737,7 +787,7 @@ def test_attention_equals_that_of_a_plain_forward(thought, rest, backbone, tiny_
     example = Example("x:1", (str(tmp_path / "a.png"),), "single_image", "relative direction", "Which side?", SIDES, "B")
     ids = [list(common.encode_text(backbone.tokenizer, text)) if text else [] for text in (thought, rest)]
     monkeypatch.setattr(common, "branch_generate", lambda *a: [[ids[0] + ids[1] + backbone.stop[:1]]])
-    weights, text = evaluation.answer_attention(backbone, Item("stage0", {}, example), "think", 16)
+    weights, text = benchmarks.answer_attention(backbone, Item("stage0", {}, example), "think", 16)
     assert text == thought + rest and backbone.model.model.language_model.config._attn_implementation == "branches"
     assert weights.sum((1, 2)) == pytest.approx(1) and weights.shape == (len(backbone.model.model.language_model.layers), 3, 4)
 
@@ -757,17 +807,15 @@ def test_attention_equals_that_of_a_plain_forward(thought, rest, backbone, tiny_
 def test_hints_and_attention_on_a_folder_of_stage_0(ladder_data, tiny_model, tmp_path):
     settings = settings_for("--benchmarks", "stage0", "--data", ladder_data, "--model", tiny_model, "--out", tmp_path, *SMALL,
                             "--hint", "box+line", "--attention", 1)  # fmt: skip
-    items, _ = evaluation.read_items("stage0", settings, tmp_path)
+    items, _ = benchmarks.read_items("stage0", settings, tmp_path)
     assert len(items) == 6 and all(item.example.data_type == "single_image" and item.boxes for item in items)
     assert items[1].boxes == {"chair": [64, 48, 320, 240], "table": [300, 200, 620, 470]}
     assert all(Path(item.example.images[0]).is_relative_to(tmp_path) for item in items)
-    evaluation.main_benchmarks(settings, tmp_path)
+    evaluation.score_models(settings)
     found = read_run(tmp_path)[2]["benchmarks"]["stage0"]
     assert found["questions"] == 6 and "paper" not in found and found["attention"]["questions"] == 1
     assert all(0 <= share <= 1 for share in found["attention"]["share"]) and 0 < found["attention"]["area"] < 1
     assert Image.open(tmp_path / "attention.png").width > 100
-    with pytest.raises(SystemExit, match="--hint line"):
-        read("stage0", ladder_data, tmp_path, "--hint", "line")
 
 
 def test_curves_are_drawn_without_a_model(tmp_path, monkeypatch):
@@ -781,7 +829,7 @@ def test_curves_are_drawn_without_a_model(tmp_path, monkeypatch):
     assert Image.open(tmp_path / "out" / "dynamics.png").width > 100
     (tmp_path / "a" / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(SystemExit, match="logged none"):
-        evaluation.draw_dynamics([tmp_path / "a"], tmp_path / "x.png")
+        report.draw_dynamics([tmp_path / "a"], tmp_path / "x.png")
 
 
 # The report
@@ -819,6 +867,12 @@ def page(path):
     return found.tags, json.loads(found.scripts[0])
 
 
+def write_page(path, answers, heading, table, kind):
+    """A report with one section, a table and one bar."""
+    sections = [{"heading": heading, "table": table, "by_type": {kind: 0.5}, "guess": {kind: 0.2}}]
+    path.write_text(report.report_page(sections, answers), encoding="utf-8")
+
+
 def write_hostile(folder):
     Image.new("RGB", (300, 200), "navy").save(folder / "a.png")
     items, rows = {}, []
@@ -829,9 +883,7 @@ def write_hostile(folder):
         rows.append({"model": f"m{text[:50]}", "temperature": 0.0, "id": example.id, "score": n / 6, "question_type": text[:99],
                      "images": list(example.images), "question": text, "options": example.options, "answer": text,
                      "text": f"<think>{text}</think><answer>{text}</answer>"})  # fmt: skip
-    table = evaluation.html_table([["", HOSTILE[0]], [HOSTILE[1], HOSTILE[2]]])
-    sections = [(HOSTILE[0], table + evaluation.html_bars({HOSTILE[1]: 0.5}, {HOSTILE[1]: 0.2}))]
-    evaluation.write_report(folder / "report.html", sections, evaluation.report_samples(rows, items))
+    write_page(folder / "report.html", report.report_answers(rows, items), HOSTILE[0], [["", HOSTILE[0]], HOSTILE[1:3]], HOSTILE[1])
     return rows
 
 
@@ -842,19 +894,33 @@ def test_hostile_text_stays_text(tmp_path):
     assert (tmp_path / "report.html").stat().st_size < 300_000
     by_id = {row["id"]: row for row in rows}
     for row in wanted:
-        found = by_id[common.visible(row["id"])]
+        found = by_id[report.safe_text(row["id"])]
         for name, text in (("question", row["question"]), ("answer", row["answer"]), ("said", row["answer"].strip())):
-            assert found[name] == common.visible(text) and len(found[name]) < 4100
-        assert found["options"] == [common.visible(option) for option in row["options"]]
-        assert found["thought"].startswith("<think>" + common.visible(row["question"])[:3000])
+            assert found[name] == report.safe_text(text) and len(found[name]) < 4100
+        assert found["options"] == [report.safe_text(option) for option in row["options"]]
+        assert found["thought"].startswith("<think>" + report.safe_text(row["question"])[:3000])
         assert all(picture.startswith("data:image/jpeg;base64,") for picture in found["pictures"])
 
 
 def test_words_of_the_template_may_stand_in_headings_and_answers(tmp_path):
-    sample = dict.fromkeys(("benchmark", "type", "id", "thought", "said", "question", "answer"), "BODY DATA")
-    sample |= {"options": ["DATA"], "score": 1.0, "verdict": "right", "pictures": []}
-    evaluation.write_report(tmp_path / "report.html", [("DATA", evaluation.html_table([["BODY"], ["DATA"]]))], [sample])
+    text = "{{ answers }} {% endfor %} {# no"
+    sample = dict.fromkeys(("benchmark", "type", "id", "thought", "said", "question", "answer"), text)
+    sample |= {"options": [text], "score": 1.0, "verdict": "right", "pictures": []}
+    write_page(tmp_path / "report.html", [sample], text, [[text], [text]], text)
     assert page(tmp_path / "report.html")[1] == [sample]
+    assert (tmp_path / "report.html").read_text().count(text) == 4 + 8  # heading, two cells, bar; the answer
+
+
+def test_bars_and_rows_of_a_page(tmp_path):
+    table = [["x strict", "a"], ["best constant guess", "1"], ["x, strict", "2"], ["other", "3"]]
+    sections = [{"heading": "h", "table": table, "by_type": {"near": 0.5, "far": 0.125}, "guess": {"near": 0.25}},
+                {"heading": "bars only", "table": [], "by_type": {"near": 1.0}, "guess": {}}]  # fmt: skip
+    text = re.sub(r"\n", "", report.report_page(sections, []))
+    assert '<tr class=""><th>x strict</th><th>a</th></tr>' in text and '<tr class=""><td>other</td><td>3</td></tr>' in text
+    assert '<tr class="guess"><td>best constant' in text and '<tr class="ours"><td>x, strict' in text
+    assert 'width:50.0%"></i><b style="left:25.0%"></b></span><span>50.0</span>' in text
+    assert 'width:12.5%"></i></span><span>12.5</span>' in text
+    assert text.count("<table>") == text.count("</table>") == 1 and text.count('class="bar"') == 3
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)

@@ -4,12 +4,12 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from PIL import Image
 
 import common
 import stage1_localize
+from support import runs
 
 ROOT = Path(common.__file__).parent
 
@@ -106,20 +107,19 @@ def test_a_bad_video_is_named(tmp_path):
 
 def settings_of(folder, **more):
     return stage1_localize.LocalizeSettings(
-        out=str(folder), tune="full", steps=50, scenes=1, micro_scenes=1, eval_every=100, save_every=2, lr=1e-3, **more
+        out=str(folder), tune="full", steps=50, train_batch=1, micro_batch=1, eval_every=100, save_every=2, lr=1e-3, **more
     )
 
 
 @pytest.fixture
 def training(backbone, tmp_path, photo):
-    """(backbone, packs, settings, folder) of a tiny training on one picture."""
+    """(backbone, packs, settings, run) of a tiny training on one picture."""
     photo(56, 56).save(tmp_path / "a.png")
     example = common.Example("row:7", (str(tmp_path / "a.png"),), "single_image", "object count", "How many?", None, "2")
-    packs = common.make_packs(common.group_scenes([example]), 4, 0)
+    packs = common.make_packs(backbone.tokenizer, common.group_scenes([example]), 4, 0)
     settings = settings_of(tmp_path / "run")
     common.adapt(backbone, settings)
-    folder, _ = common.start_run(settings)
-    return backbone, packs, settings, folder
+    return backbone, packs, settings, runs.Run(settings, {"loss": ["loss"], "norm": ["grad_norm"]})
 
 
 def spoil(monkeypatch, steps):
@@ -135,11 +135,11 @@ def spoil(monkeypatch, steps):
 
 
 def test_a_step_without_a_finite_gradient_teaches_nothing_and_is_told(training, monkeypatch, capsys):
-    backbone, packs, settings, folder = training
+    backbone, packs, settings, run = training
     settings.max_steps = 3
     spoil(monkeypatch, {2})
     seen = []
-    step = common.optimizer_step
+    step = runs.optimizer_step
 
     def watched(model, *args):
         before = [p.detach().clone() for p in model.parameters()]
@@ -147,21 +147,21 @@ def test_a_step_without_a_finite_gradient_teaches_nothing_and_is_told(training, 
         seen.append(max((a - b).abs().max().item() for a, b in zip(before, model.parameters())))
         return norm
 
-    monkeypatch.setattr(common, "optimizer_step", watched)
-    common.sft(backbone, packs, settings, folder, 0, lambda *_: {}, {"loss": ["loss"], "norm": ["grad_norm"]})
+    monkeypatch.setattr(runs, "optimizer_step", watched)
+    stage1_localize.train(backbone, packs, [], settings, run)
     assert seen[1] == 0 < min(seen[0], seen[2])
     assert "step 2: the gradient is not finite; nothing is learnt from row:7" in capsys.readouterr().err
-    rows = [json.loads(line, parse_constant=pytest.fail) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["grad_norm"] is None for row in rows] == [False, True, False]
     assert all(p.isfinite().all() for p in backbone.model.parameters())
 
 
 def test_too_many_such_steps_in_a_row_end_the_run(training, monkeypatch):
-    backbone, packs, settings, folder = training
+    backbone, packs, settings, run = training
     spoil(monkeypatch, set(range(3, 100)))
     with pytest.raises(SystemExit, match="5 steps in a row without a finite gradient, the last one 7. Lower --lr"):
-        common.sft(backbone, packs, settings, folder, 0, lambda *_: {}, {"loss": ["loss"]})
-    assert json.loads((folder / "checkpoint" / "state.json").read_text())["step"] == 6
+        stage1_localize.train(backbone, packs, [], settings, run)
+    assert runs.Run(settings, {}).first == 6
 
 
 # Disks
@@ -169,19 +169,19 @@ def test_too_many_such_steps_in_a_row_end_the_run(training, monkeypatch):
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
 def test_a_full_disk_leaves_the_checkpoint_before_it(error, training, monkeypatch):
-    backbone, _, settings, folder = training
-    optimizers = common.make_optimizers(backbone.model, settings)
-    common.save_checkpoint(folder, 3, backbone, optimizers, settings)
-    whole = {path.name: path.read_bytes() for path in (folder / "checkpoint").iterdir()}
+    backbone, _, settings, run = training
+    optimizers = runs.make_optimizers(backbone.model, settings)
+    run.save(3, backbone, optimizers)
+    whole = run.checkpoint.read_bytes()
 
-    def full(*args):
+    def full(state, path):
+        path.write_bytes(b"half")
         raise error
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(SystemExit, match=r"checkpoint.new cannot be written .* needs about [\d,]+ bytes. .* is whole"):
-        common.save_checkpoint(folder, 4, backbone, optimizers, settings)
-    assert {path.name: path.read_bytes() for path in (folder / "checkpoint").iterdir()} == whole
-    assert not (folder / "checkpoint.new").exists()
+        run.save(4, backbone, optimizers)
+    assert run.checkpoint.read_bytes() == whole and not run.checkpoint.with_suffix(".new").exists()
 
 
 def test_a_file_size_limit_of_the_system_is_met_in_the_same_way(tmp_path):
@@ -189,27 +189,27 @@ def test_a_file_size_limit_of_the_system_is_met_in_the_same_way(tmp_path):
     code = """
 import resource, signal, sys, types
 sys.path.insert(0, sys.argv[1])
-import torch, common, stage1_localize
+import torch, stage1_localize
+from support import runs
+run = runs.Run(stage1_localize.LocalizeSettings(out=sys.argv[2]), {})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-backbone = types.SimpleNamespace(model=torch.nn.Linear(400, 400))
-from pathlib import Path
-common.save_checkpoint(Path(sys.argv[2]), 1, backbone, [], stage1_localize.LocalizeSettings())
+run.save(1, types.SimpleNamespace(model=torch.nn.Linear(400, 400)), [])
 """
     done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "checkpoint.new cannot be written" in done.stderr and "Traceback" not in done.stderr
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("checkpoint*"))
 
 
 def test_half_a_line_of_a_log_is_dropped_on_resume(training):
-    backbone, _, settings, folder = training
-    common.save_checkpoint(folder, 2, backbone, common.make_optimizers(backbone.model, settings), settings)
+    backbone, _, settings, run = training
+    run.save(2, backbone, runs.make_optimizers(backbone.model, settings))
     separator = json.dumps({"step": 2, "text": "a\u2028b"}, ensure_ascii=False)
-    (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo', encoding="utf-8")
-    (folder / "samples.jsonl").write_text(f"{separator}\n", encoding="utf-8")
-    assert common.start_run(settings)[1] == 2
-    assert (folder / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
-    assert (folder / "samples.jsonl").read_text(encoding="utf-8") == f"{separator}\n"
+    (run.folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo', encoding="utf-8")
+    (run.folder / "samples.jsonl").write_text(f"{separator}\n", encoding="utf-8")
+    assert runs.Run(settings, {}).first == 2
+    assert (run.folder / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert (run.folder / "samples.jsonl").read_text(encoding="utf-8") == f"{separator}\n"
 
 
 # Kill
@@ -217,7 +217,7 @@ def test_half_a_line_of_a_log_is_dropped_on_resume(training):
 
 def test_a_killed_training_goes_on_from_its_last_checkpoint(tiny_model, ladder_data, tmp_path):
     flags = ["--preset", "3b", "--data", ladder_data, "--model", tiny_model, "--processes", "1", "--load", "fp32"]
-    flags += ["--scenes", "1", "--steps", "2000", "--save_every", "1", "--eval_every", "10000"]
+    flags += ["--train_batch", "1", "--steps", "2000", "--save_every", "1", "--eval_every", "10000"]
     flags += ["--min_pixels", 56 * 56, "--max_pixels", 84 * 84]
     command = [sys.executable, str(ROOT / "stage1_localize.py"), *map(str, flags)]
     where = {"cwd": tmp_path, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stderr": subprocess.PIPE, "text": True}
@@ -230,35 +230,21 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(tiny_model, ladder_d
     process.communicate()
     step = json.loads((run / "metrics.jsonl").read_text().splitlines()[2])["step"]
     done = subprocess.run([*command, "--max_steps", "12"], **where, timeout=200)
-    found = int(re.search(r"going on from step (\d+)", done.stderr)[1])
+    found = int(re.search(r"resuming from step (\d+)", done.stderr)[1])
     assert done.returncode == 0 and found >= step
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, max(found, 12) + 1))
-
-
-@pytest.mark.parametrize("left", ["checkpoint.new", "checkpoint.old"])
-def test_a_save_that_was_cut_short_is_not_chosen(left, training):
-    """Killed while the new folder was written; or between the two renames, when only the old one has its name."""
-    backbone, _, settings, folder = training
-    common.save_checkpoint(folder, 2, backbone, common.make_optimizers(backbone.model, settings), settings)
-    if left == "checkpoint.new":
-        shutil.copytree(folder / "checkpoint", folder / left)
-        (folder / left / "weights.safetensors").write_bytes(b"half")
-        (folder / left / "state.json").unlink()
-    else:
-        (folder / "checkpoint").rename(folder / left)
-    assert common.start_run(settings)[1] == 2
 
 
 # Trust
 
 
 def test_nothing_from_outside_is_run_or_unpickled():
-    for script in ROOT.glob("*.py"):
+    for script in [*ROOT.glob("*.py"), *ROOT.glob("support/*.py")]:
         text = script.read_text(encoding="utf-8")
         assert "trust_remote_code" not in text and "import pickle" not in text
         assert all("weights_only=True" in call for call in re.findall(r"torch\.load\([^\n]*", text))
-        assert "from_pretrained" not in text or script.name in ("common.py", "stage0_data.py")
+        assert "from_pretrained" not in text or script.name == "common.py"
 
 
 def test_a_checkpoint_with_code_in_it_is_refused(training):
@@ -266,33 +252,30 @@ def test_a_checkpoint_with_code_in_it_is_refused(training):
         def __reduce__(self):
             return print, ("it runs",)
 
-    backbone, _, settings, folder = training
-    optimizers = common.make_optimizers(backbone.model, settings)
-    common.save_checkpoint(folder, 1, backbone, optimizers, settings)
-    torch.save(Trap(), folder / "checkpoint" / "optimizers.pt")
+    backbone, _, settings, run = training
+    torch.save({"step": 1, "config": Trap()}, run.checkpoint)
     with pytest.raises(SystemExit, match="Weights only load failed"):
-        common.load_checkpoint(folder, backbone, optimizers)
+        runs.Run(settings, {})
 
 
-def test_check_norm_counts_steps_in_a_row():
-    streak = 0
+def test_steps_without_a_finite_gradient_are_counted_in_a_row(training):
+    _, _, settings, run = training
+    run.bar, run.began = SimpleNamespace(set_postfix=lambda values: None), 0.0
     for norm, wanted in ((math.nan, 1), (1.0, 0), (math.inf, 1), (math.nan, 2)):
-        streak = common.check_norm(norm, streak, 1, ["a"])
-        assert streak == wanted
+        run.log({"loss": 1.0, "grad_norm": norm})
+        assert run.skipped == wanted
 
 
-def test_signals_mean_after_a_training_what_they_meant_before(training):
+def test_signals_mean_after_a_launch_what_they_meant_before(training):
     """A pool of workers ends them with SIGTERM: a handler that waits for a step would hang it."""
-    backbone, packs, settings, folder = training
-    settings.max_steps = 1
+    settings = training[2]
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     during = []
 
-    def evaluate(*_):
+    def work(settings):
         during.extend(signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM))
-        return {}
 
-    settings.eval_every = 1
-    common.sft(backbone, packs, settings, folder, 0, evaluate, {"loss": ["loss"]})
+    settings.processes = 1
+    runs.launch(work, settings, graceful=True)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     assert len(during) == 2 and not set(during) & set(before)

@@ -11,14 +11,15 @@ import torch
 import common
 import stage3_grpo
 from common import Example
+from support import runs
 
-LOSSES = ("grpo", "dapo", "dr_grpo")
+LOSSES = ("sequence", "token", "constant")
 CHOICES = ["A. left", "B. right", "C. front", "D. back"]
 
 
 def settings_of(**changes):
     """Stage 3's settings for a tiny run."""
-    small = {"load": "fp32", "prompts": 2, "group": 3, "max_new_tokens": 12, "steps": 1, "show_every": 1, "lr": 1e-2}
+    small = {"load": "fp32", "train_batch": 2, "group_size": 3, "max_new_tokens": 12, "steps": 1, "show_every": 1, "lr": 1e-2}
     return stage3_grpo.GRPOSettings(**(small | changes))
 
 
@@ -47,8 +48,8 @@ def slow_loss(logps, old, ref, advantages, lengths, settings):
                 inner += gain
             tokens += lengths[b][i]
             sequences += 1
-            whole += inner / lengths[b][i] if settings.loss_type == "grpo" else inner
-    scale = {"grpo": sequences, "dapo": tokens, "dr_grpo": sequences * settings.max_new_tokens}[settings.loss_type]
+            whole += inner / lengths[b][i] if settings.loss_average == "sequence" else inner
+    scale = {"sequence": sequences, "token": tokens, "constant": sequences * settings.max_new_tokens}[settings.loss_average]
     return -whole / scale, clipped_tokens, kl_sum
 
 
@@ -72,9 +73,9 @@ def tensors(case):
 
 
 @pytest.mark.parametrize("with_reference", [True, False])
-@pytest.mark.parametrize("loss_type", LOSSES)
-def test_loss_equals_the_equations_token_by_token(loss_type, with_reference):
-    settings, clips, signs = settings_of(loss_type=loss_type, epsilon_low=0.2, epsilon_high=0.35, beta=0.3), 0, set()
+@pytest.mark.parametrize("loss_average", LOSSES)
+def test_loss_equals_the_equations_token_by_token(loss_average, with_reference):
+    settings, clips, signs = settings_of(loss_average=loss_average, epsilon_low=0.2, epsilon_high=0.35, beta=0.3), 0, set()
     for seed in range(20):
         case = random_case(seed)
         logps, old, ref, advantages, mask = tensors(case)
@@ -91,9 +92,9 @@ def test_loss_equals_the_equations_token_by_token(loss_type, with_reference):
 
 
 @pytest.mark.parametrize("with_reference", [True, False])
-@pytest.mark.parametrize("loss_type", LOSSES)
-def test_gradient_equals_finite_differences_of_the_equations(loss_type, with_reference):
-    settings = settings_of(loss_type=loss_type, epsilon_low=0.2, epsilon_high=0.35, beta=0.3)
+@pytest.mark.parametrize("loss_average", LOSSES)
+def test_gradient_equals_finite_differences_of_the_equations(loss_average, with_reference):
+    settings = settings_of(loss_average=loss_average, epsilon_low=0.2, epsilon_high=0.35, beta=0.3)
     case = random_case(7)
     logps, old, ref, advantages, mask = tensors(case)
     logps.requires_grad_(True)
@@ -124,7 +125,7 @@ def test_gradient_equals_finite_differences_of_the_equations(loss_type, with_ref
     ],
 )
 def test_min_and_clip_by_hand_for_both_signs(ratio, advantage, gain, slope):
-    settings = settings_of(loss_type="dapo", epsilon_low=0.2, epsilon_high=0.35)
+    settings = settings_of(loss_average="token", epsilon_low=0.2, epsilon_high=0.35)
     logps = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
     mask, zero = torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.float64)
     loss, _ = stage3_grpo.grpo_loss(logps, zero, None, torch.tensor([advantage]).double(), mask, settings, 1, 1)
@@ -132,9 +133,9 @@ def test_min_and_clip_by_hand_for_both_signs(ratio, advantage, gain, slope):
     assert math.isclose(-loss.item(), gain) and math.isclose(-logps.grad.item(), slope)
 
 
-@pytest.mark.parametrize("loss_type", LOSSES)
-def test_parts_of_a_step_add_up_to_the_whole(loss_type):
-    settings = settings_of(loss_type=loss_type, beta=0.3)
+@pytest.mark.parametrize("loss_average", LOSSES)
+def test_parts_of_a_step_add_up_to_the_whole(loss_average):
+    settings = settings_of(loss_average=loss_average, beta=0.3)
     logps, old, ref, advantages, mask = tensors(random_case(3))
     count = len(mask), int(mask.sum())
     whole, stats = stage3_grpo.grpo_loss(logps, old, ref, advantages, mask, settings, *count)
@@ -147,9 +148,9 @@ def test_parts_of_a_step_add_up_to_the_whole(loss_type):
     assert sum(part["clip"] for _, part in parts) == stats["clip"]
 
 
-@pytest.mark.parametrize("loss_type", LOSSES)
-def test_tokens_outside_the_mask_change_nothing(loss_type):
-    settings = settings_of(loss_type=loss_type, beta=0.3)
+@pytest.mark.parametrize("loss_average", LOSSES)
+def test_tokens_outside_the_mask_change_nothing(loss_average):
+    settings = settings_of(loss_average=loss_average, beta=0.3)
     logps, old, ref, advantages, mask = tensors(random_case(5))
     wanted = stage3_grpo.grpo_loss(logps, old, ref, advantages, mask, settings, len(mask), int(mask.sum()))
     noise = torch.randn(logps.shape, dtype=torch.float64) * ~mask
@@ -159,9 +160,11 @@ def test_tokens_outside_the_mask_change_nothing(loss_type):
     assert torch.equal(found[0], wanted[0]) and found[1] == wanted[1]
 
 
-def test_an_unknown_loss_type_is_named():
-    with pytest.raises(SystemExit, match="--loss_type ppo: choose grpo, dapo or dr_grpo"):
-        stage3_grpo.check(settings_of(loss_type="ppo"))
+def test_an_unknown_average_is_named(capsys):
+    with pytest.raises(SystemExit):
+        runs.parse_settings(stage3_grpo.GRPOSettings, stage3_grpo.PRESETS, "stage3", argv=["--loss_average", "ppo"])
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--loss_average" in last and "ppo" in last and all(name in last for name in LOSSES)
 
 
 # Advantages
@@ -176,9 +179,9 @@ def test_advantages_by_hand():
     assert torch.allclose(found[2], torch.tensor([-0.5, -0.5, -0.5, 1.5], dtype=torch.float64) / (1 + 1e-4))
 
 
-def test_advantages_of_dr_grpo_are_not_divided():
+def test_advantages_that_are_not_scaled_are_not_divided():
     reward = torch.tensor([[2.0, 1.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
-    found = stage3_grpo.group_advantages(reward, "dr_grpo")
+    found = stage3_grpo.group_advantages(reward, scale=False)
     assert torch.equal(found, torch.tensor([[1.0, 0, -1, 0], [0, 0, 0, 0]]))
 
 
@@ -252,14 +255,14 @@ CASES = [  # completion, example, (format, accuracy) when format needs a legal a
 
 def test_rewards_of_cases_written_by_hand():
     texts, examples, wanted, _ = zip(*CASES)
-    form, accuracy = stage3_grpo.rewards(texts, examples)
+    form, accuracy = stage3_grpo.rewards(texts, examples, settings_of()).values()
     for text, got, case in zip(texts, zip(form, accuracy), wanted):
         assert np.allclose(got, case), f"{text}: {got}, not {case}"
 
 
 def test_without_legal_format_the_tags_alone_are_paid():
     texts, examples, wanted, tags = zip(*CASES)
-    form, accuracy = stage3_grpo.rewards(texts, examples, legal_format=False)
+    form, accuracy = stage3_grpo.rewards(texts, examples, settings_of(legal_format=False)).values()
     for text, got, case in zip(texts, form, tags):
         assert got == case, f"{text}: {got}, not {case}"
     assert np.allclose(accuracy, [case[1] for case in wanted])
@@ -304,15 +307,15 @@ def spy(monkeypatch, module, name):
 
 def run_loop(backbone, prompts, settings, folder):
     """One run of stage 3's loop without held-out scores. Returns its metrics."""
-    folder.mkdir()
-    stage3_grpo.grpo(backbone, prompts, settings, folder, 0, lambda backbone: {})
+    settings.out = str(folder)
+    stage3_grpo.grpo(backbone, prompts, [], [], settings, runs.Run(settings, {}))
     return common.read_jsonl(folder / "metrics.jsonl")
 
 
 def paid(*groups):
     """A stand-in for stage3_grpo.rewards that pays these accuracies, group by group."""
     flat = np.array([value for group in groups for value in group], float)
-    return lambda texts, examples, legal_format=True: (np.zeros(len(flat)), flat)
+    return lambda texts, examples, settings: {"accuracy": flat}
 
 
 def test_adapter_on_equals_adapter_off_at_step_0_and_the_kl_is_exactly_0(backbone, ladder_data):
@@ -359,7 +362,7 @@ def test_the_reference_stays_the_starting_policy(backbone, tiny_model, ladder_da
 
 
 def test_rollout_gives_a_group_of_sampled_ids_for_each_question(backbone, ladder_data):
-    settings = settings_of(group=4, max_new_tokens=9)
+    settings = settings_of(group_size=4, max_new_tokens=9)
     prompts = scene_prompts(backbone, ladder_data, 3)
     torch.manual_seed(0)
     prefixes, groups = stage3_grpo.rollout(backbone, prompts, settings)
@@ -438,21 +441,21 @@ def test_only_the_living_group_is_scored_when_one_is_dead(backbone, ladder_data,
 def test_small_and_large_parts_give_the_same_update(tiny_model, ladder_data, monkeypatch, tmp_path):
     norms, logged = [], []
     for micro in (1, 8):
-        settings = settings_of(micro_scenes=micro, loss_type="dapo", prompts=3, group=2, beta=0.1)
+        settings = settings_of(micro_batch=micro, loss_average="token", train_batch=3, group_size=2, beta=0.1)
         backbone = with_adapter(common.load_backbone(tiny_model, "fp32"), settings, moved=True)
         monkeypatch.setattr(stage3_grpo, "rewards", paid([1, 0], [0, 1], [0.5, 0]))
         calls = spy(monkeypatch, stage3_grpo, "grpo_loss")
         prompts = scene_prompts(backbone, ladder_data, 3)
         row = run_loop(backbone, prompts, settings, tmp_path / f"run{micro}")[0]
         norms.append(row["grad_norm"])
-        logged.append([row[name] for name in ("kl", "entropy", "clip", "reward", "length")])
+        logged.append([row[name] for name in ("kl", "entropy", "clip", "reward", "completion_tokens")])
         assert len(calls) == {1: 3, 8: 1}[micro]
     assert norms[0] > 0 and math.isclose(*norms, rel_tol=1e-4)
     assert np.allclose(*logged, rtol=1e-4)
 
 
 def test_a_second_update_keeps_the_old_policy_and_reuses_the_rollout(backbone, ladder_data, monkeypatch, tmp_path):
-    settings = settings_of(mu=2, micro_scenes=4, warmup=0.0)
+    settings = settings_of(mu=2, micro_batch=4, warmup=0.0)
     with_adapter(backbone, settings)
     monkeypatch.setattr(stage3_grpo, "rewards", paid([1, 0, 0], [0, 1, 0]))
     sampled = spy(monkeypatch, stage3_grpo.common, "branch_generate")
@@ -465,7 +468,7 @@ def test_a_second_update_keeps_the_old_policy_and_reuses_the_rollout(backbone, l
 
 
 def test_overlong_completions_leave_the_loss_when_asked(backbone, ladder_data, monkeypatch, tmp_path):
-    settings = settings_of(mask_overlong=True, max_new_tokens=4, loss_type="dapo")
+    settings = settings_of(mask_overlong=True, max_new_tokens=4, loss_average="token")
     with_adapter(backbone, settings)
     stop = backbone.stop[0]
     sampled = [[[50, 51, 52, 53], [50, 51, stop], [60, stop]], [[50, 51, 52, 53]] * 3]
@@ -476,7 +479,7 @@ def test_overlong_completions_leave_the_loss_when_asked(backbone, ladder_data, m
     assert len(losses) == 1  # of the second group nothing is left
     mask, sequences, tokens = losses[0].args[4], losses[0].args[6], losses[0].args[7]
     assert mask.sum(1).tolist() == [0, 3, 2] and (sequences, tokens) == (2, 5)
-    assert math.isclose(row["cut"], 4 / 6) and math.isclose(row["length"], (4 + 3 + 2 + 12) / 6)
+    assert math.isclose(row["cut"], 4 / 6) and math.isclose(row["completion_tokens"], (4 + 3 + 2 + 12) / 6)
 
 
 def test_sampling_runs_in_eval_mode_and_the_update_in_train_mode(backbone, ladder_data, monkeypatch, tmp_path):
@@ -487,7 +490,7 @@ def test_sampling_runs_in_eval_mode_and_the_update_in_train_mode(backbone, ladde
     def note(module, args, out):
         modes.append((backbone.model.training, torch.is_grad_enabled()))
 
-    common.core(backbone.model).lm_head.register_forward_hook(note)
+    common.unwrap(backbone.model).lm_head.register_forward_hook(note)
     monkeypatch.setattr(stage3_grpo, "rewards", paid([1, 0, 0], [0, 1, 0]))
     run_loop(backbone, scene_prompts(backbone, ladder_data), settings, tmp_path / "run")
     sampling = modes.count((False, False))
@@ -495,13 +498,29 @@ def test_sampling_runs_in_eval_mode_and_the_update_in_train_mode(backbone, ladde
     assert set(modes[sampling:]) == {(True, False), (True, True)}  # the reference, then the policy
 
 
-def test_one_completion_a_question_has_no_siblings(backbone, ladder_data, tmp_path):
-    with pytest.raises(SystemExit, match="--group 1"):
-        run_loop(backbone, scene_prompts(backbone, ladder_data), settings_of(group=1), tmp_path / "run")
+def test_one_completion_a_question_has_nothing_to_compare_with():
+    with pytest.raises(SystemExit, match="--group_size 1"):
+        stage3_grpo.check(settings_of(group_size=1))
 
 
-def test_full_tuning_has_no_reference_to_switch_to(backbone, ladder_data, tmp_path):
-    settings = settings_of(tune="full", beta=0.1)
-    common.adapt(backbone, settings)
+def test_full_tuning_has_no_reference_to_switch_to():
     with pytest.raises(SystemExit, match="--tune full"):
-        run_loop(backbone, scene_prompts(backbone, ladder_data), settings, tmp_path / "run")
+        stage3_grpo.check(settings_of(tune="full", beta=0.1))
+
+
+def test_a_third_reward_term_is_added_and_logged_by_its_name(backbone, ladder_data, monkeypatch, tmp_path):
+    """Its weight decides: the shortest completion of each group wins."""
+    settings = settings_of(beta=0.0)
+    with_adapter(backbone, settings)
+    original = stage3_grpo.rewards
+
+    def shorter(texts, examples, settings):
+        return original(texts, examples, settings) | {"length": np.array([-float(len(text)) for text in texts])}
+
+    monkeypatch.setattr(stage3_grpo, "rewards", shorter)
+    losses = spy(monkeypatch, stage3_grpo, "grpo_loss")
+    row = run_loop(backbone, scene_prompts(backbone, ladder_data), settings, tmp_path / "run")[0]
+    assert math.isclose(row["reward"], row["format"] + row["accuracy"] + row["length"], rel_tol=1e-5) and row["length"] < 0
+    sample = common.read_jsonl(tmp_path / "run" / "samples.jsonl")[0]
+    assert sample["length"] == -float(len(sample["text"])) and {"format", "accuracy", "advantage"} <= set(sample)
+    assert losses and (tmp_path / "run" / "curves.png").is_file()

@@ -28,12 +28,13 @@ import eval as evaluation
 import stage0_data
 import stage1_localize
 from common import Example
-from eval import Item
+from support import benchmarks, report, toy_world
+from support.benchmarks import Item
 
 ROOT = Path(common.__file__).parent
 ROOMS, SCENES = 16, 10
 TOY = ("--rooms", ROOMS, "--heldout_rooms", 2, "--traces", 9, "--base_steps", 1, "--processes", 1)
-STOPPED = "stopped; the same command goes on\n"
+STOPPED = "stopped; rerun the same command to resume\n"
 FORK = multiprocessing.get_context("fork")
 
 
@@ -198,14 +199,14 @@ def die_before(names):
     """A patch: the process is killed when it is about to give the first of these files its name."""
 
     def patch():
-        rename = Path.rename
+        replace = os.replace
 
         def killed(path, target):
             if Path(target).name in names and not Path(target).exists():
                 os.kill(os.getpid(), signal.SIGKILL)
-            return rename(path, target)
+            return replace(path, target)
 
-        Path.rename = killed
+        os.replace = killed
 
     return patch
 
@@ -257,7 +258,7 @@ def test_a_base_that_was_half_saved_is_not_taken_as_whole(toy, tmp_path):
         def full(*args, **kwargs):
             raise OSError(28, "No space left on device")
 
-        stage0_data.Qwen2VLImageProcessorPil.save_pretrained = full
+        toy_world.Qwen2VLImageProcessorPil.save_pretrained = full
 
     assert finish(stage0_data, tmp_path, *TOY, patch=patch) == 1
     words = said(tmp_path)
@@ -274,7 +275,7 @@ def test_resume_never_says_how_to_go_on_and_drops_old_rows_first(toy, tmp_path):
     process = begin(stage0_data, tmp_path, *TOY, "--seed", 1, "--resume", "never", patch=holding(root, 1))
     wait_for(lambda: parts(root), process)
     stop(process, signal.SIGTERM)
-    assert process.exitcode == 130 and said(tmp_path).endswith("goes on when --resume never is left out\n")
+    assert process.exitcode == 130 and said(tmp_path).endswith("stopped; rerun the same command without --resume never to resume\n")
     assert not jsonl(root) and not (root / "manifest.json").exists()
     assert finish(stage0_data, tmp_path, *TOY, "--seed", 1) == 0
 
@@ -299,7 +300,7 @@ def asked(tiny_model, tmp_path_factory):
     """(flags, folder) of a benchmark run that nobody has stopped, with one sampled answer a question."""
     folder = tmp_path_factory.mktemp("asked")
     write_benchmark(folder / "data")
-    flags = ("--benchmarks", "viewspatial", "--model", tiny_model, "--data", folder / "data", "--out", "out", "--batch", 2,
+    flags = ("--benchmarks", "viewspatial", "--model", tiny_model, "--data", folder / "data", "--out", "out", "--eval_batch", 2,
              "--max_new_tokens", 24, "--samples", 1, "--min_pixels", 56 * 56, "--max_pixels", 56 * 56)  # fmt: skip
     assert finish(evaluation, folder, *flags, "--processes", 1) == 0, said(folder)
     return flags, folder
@@ -312,7 +313,7 @@ def ladder(toy, tiny_model, tmp_path_factory):
     shutil.copytree(toy / "data", folder / "data")
     for name in evaluation.LADDER:
         shutil.copytree(tiny_model, folder / "runs" / "toy" / name / "model")
-    flags = ("--questions", 4, "--boxes", 2, "--batch", 4, "--max_new_tokens", 8, "--out", "runs/toy/eval")
+    flags = ("--questions", 4, "--boxes", 2, "--eval_batch", 4, "--max_new_tokens", 8, "--out", "runs/toy/eval")
     assert finish(evaluation, folder, *flags, "--processes", 1) == 0, said(folder)
     return flags, folder
 
@@ -352,24 +353,16 @@ def test_eval_is_stopped_and_killed_and_goes_on_to_the_same_scores(kind, tmp_pat
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_both_processes_of_eval_end_together(number, asked, tmp_path):
-    """The second one is slow: without a word from the first it would ask on for minutes."""
+    """The second one is slow: if it did not end with the first, it would go on for minutes."""
     flags, whole = asked
-    slow = tmp_path / "slow"
-    slow.mkdir()
-    (slow / "sitecustomize.py").write_text(
-        "import os, sys, time\n"
-        "if os.environ.get('RANK') == '1':\n"
-        "    import signal\n"
-        f"    sys.path.insert(0, {str(ROOT)!r})\n"
-        "    import common\n"
-        "    real = common.branch_generate\n"
-        "    common.branch_generate = lambda *args: (time.sleep(1.5), real(*args))[1]\n"
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(slow))
-        process = begin(evaluation, tmp_path, *flags, "--processes", 2)
-        wait_for((tmp_path / "out" / "predictions.1.jsonl").is_file, process)
-        stop(process, number)
+
+    def patch():
+        real = common.branch_generate
+        common.branch_generate = lambda *args: (time.sleep(1.5 * (os.environ["RANK"] == "1")), real(*args))[1]
+
+    process = begin(evaluation, tmp_path, *flags, "--processes", 2, patch=patch)
+    wait_for((tmp_path / "out" / "predictions.1.jsonl").is_file, process)
+    stop(process, number)
     if number != signal.SIGKILL:
         check_stopped(process, tmp_path)
     rows = [json.loads(line) for part in tmp_path.glob("out/*.jsonl") for line in part.read_text().splitlines()]
@@ -394,9 +387,9 @@ def limited(size):
     (1500, "data/toy/scans/scene0000_00"), (40_000, "data/toy/spld_grounding_data.jsonl"), (2_000_000, "runs/toy/base/model.new"),
 ])  # fmt: skip
 def test_stage_0_names_what_it_could_not_write_and_goes_on(size, named, toy, tmp_path):
-    assert finish(stage0_data, tmp_path, *TOY, patch=limited(size)) == 1
+    assert finish(stage0_data, tmp_path, *TOY, "--workers", 1, patch=limited(size)) == 1
     line = next(line for line in said(tmp_path).splitlines() if "cannot be read or written" in line)
-    assert line.startswith(named) and line.endswith("the same command goes on.")
+    assert line.startswith(named) and line.endswith("rerun the same command to resume.")
     assert "Traceback" not in said(tmp_path) and jsonl(tmp_path).items() <= jsonl(toy).items()
     assert finish(stage0_data, tmp_path, *TOY) == 0
     assert jsonl(tmp_path) == jsonl(toy)
@@ -407,7 +400,7 @@ def test_eval_names_what_it_could_not_write_and_goes_on(size, named, asked, tmp_
     flags, whole = asked
     assert finish(evaluation, tmp_path, *flags, "--processes", 1, patch=limited(size)) == 1
     line = next(line for line in said(tmp_path).splitlines() if "File too large" in line)
-    assert line.startswith(named) and line.endswith("the same command goes on.") and "Traceback" not in said(tmp_path)
+    assert line.startswith(named) and line.endswith("rerun the same command to resume.") and "Traceback" not in said(tmp_path)
     kept = answers(tmp_path / "out" / "predictions.jsonl")
     assert kept > 0 and finish(evaluation, tmp_path, *flags, "--processes", 1) == 0
     for name in ("scores.json", "predictions.jsonl"):
@@ -462,7 +455,7 @@ def check_page(path, scripts):
     page = Page(path)
     assert page.tags.count("script") == scripts and not [name for name in page.names if name.startswith("on")]
     assert not {"img", "iframe", "object", "embed", "link", "base", "form"} & set(page.tags)
-    assert common.visible(page.raw, 10**9) == page.raw
+    assert report.safe_text(page.raw, 10**9) == page.raw
     return page
 
 
@@ -475,10 +468,11 @@ def test_the_gallery_shows_any_text_as_text(name, scans, tmp_path):
         thing.label = text
     row = {"question": text, "options": [f"A. {text}", f"B. {text}"], "answer": text, "thought": text, "question_type": text,
            "data_type": "single_image", "asked": [o.number for o in room.objects], "image": ["scene0010_02/20.jpg"]}  # fmt: skip
-    stage0_data.write_gallery([row], lambda scene: room, tmp_path / "gallery.html")
+    page = report.gallery_page([stage0_data.gallery_entry(row, room)])
+    (tmp_path / "gallery.html").write_text(page, encoding="utf-8")
     page = check_page(tmp_path / "gallery.html", 0)
     assert page.tags.count("svg") == 2 and page.tags.count("article") == 1
-    assert common.visible(text) in page.text and len(page.raw) < 400_000
+    assert report.safe_text(text) in page.text and len(page.raw) < 400_000
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -490,14 +484,14 @@ def test_the_report_shows_any_text_as_text(name, tmp_path):
     row = {"model": text, "temperature": 0.0, "id": item.example.id, "score": 0, "question_type": text, "images": pictures,
            "question": text, "options": options, "answer": text,
            "text": f"<think>{text}</think><answer>{text}</answer>"}  # fmt: skip
-    sections = [(text, evaluation.html_table([["", text], [text, text]]) + evaluation.html_bars({text: 0.5}, {text: 0.2}))]
-    samples = evaluation.report_samples([row], {row["id"]: item})
-    evaluation.write_report(tmp_path / "report.html", sections, samples)
+    sections = [{"heading": text, "table": [["", text], [text, text]], "by_type": {text: 0.5}, "guess": {text: 0.2}}]
+    answers = report.report_answers([row], {row["id"]: item})
+    (tmp_path / "report.html").write_text(report.report_page(sections, answers), encoding="utf-8")
     page = check_page(tmp_path / "report.html", 2)
     assert len(page.raw) < 400_000 and page.tags.count("h2") == 2
     found = json.loads(next(data for data in page.text if data.startswith("[{")))[0]
     for words in (found["question"], found["answer"], found["options"][1], found["id"], found["benchmark"], found["type"]):
-        assert words == common.visible(words, 10**9) and len(words) < 30_000 and common.visible(text, 200)[:200] in words
+        assert words == report.safe_text(words, 10**9) and len(words) < 30_000 and report.safe_text(text, 200)[:200] in words
 
 
 def test_scenes_whose_names_are_paths_are_refused(tmp_path):
@@ -505,14 +499,14 @@ def test_scenes_whose_names_are_paths_are_refused(tmp_path):
     for name in ("../../evil", "/tmp/evil", "", "a" * 300, "a\x00"):
         facts = {"object_bbox": {}, "object_counts": {}, "room_size": 3}
         (tmp_path / "meta.json").write_text(json.dumps({name: facts}))
-        with pytest.raises(SystemExit, match="meta.json: .* cannot be the name of a scene"):
+        with pytest.raises(SystemExit, match="meta.json: .* cannot be the name of a room"):
             stage0_data.read_meta(tmp_path / "meta.json")
 
 
 def test_a_hint_cuts_a_label_without_end(tmp_path):
     Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
     example = Example("stage0:1", (str(tmp_path / "a.png"),), "single_image", "object size", "", None, "1")
-    evaluation.draw_hint(Item("stage0", {}, example, {"x" * 2_000_000: [1, 1, 9, 9]}), "box", tmp_path / "hint.png")
+    benchmarks.draw_hint(Item("stage0", {}, example, {"x" * 2_000_000: [1, 1, 9, 9]}), "box", tmp_path / "hint.png")
     assert Image.open(tmp_path / "hint.png").size == (60, 40)
 
 
@@ -559,13 +553,11 @@ def test_no_script_looks_at_the_network_without_a_hub_id(asked, tiny_model, ladd
     row = {"id": 1, "images": ["a.png"], "scene_name": "s", "question": "Where?", "options": ["A. left", "B. right"],
            "ground_truth": "A", "question_type": "object_rel_direction"}  # fmt: skip
     datasets.Dataset.from_list([row]).to_parquet(tmp_path / "data" / "SPBench" / "SPBench-SI.parquet")
-    training = ("--preset", "3b", "--data", ladder_data, "--model", tiny_model, "--processes", 1, "--max_steps", 2,
-                "--load", "fp32", "--scenes", 1, "--eval_scenes", 1, "--min_pixels", 56 * 56, "--max_pixels", 84 * 84)  # fmt: skip
+    training = ("--preset", "3b", "--data", ladder_data, "--model", tiny_model, "--processes", 1, "--max_steps", 2, "--load",
+                "fp32", "--train_batch", 1, "--eval_scenes", 1, "--min_pixels", 56 * 56, "--max_pixels", 84 * 84)  # fmt: skip
     more = ("--processes", 1, "--data", "data", "--questions", 2, "--benchmarks", "viewspatial", "spbench-si")
     log = tmp_path / "tried"
-    for module, command in (
-        (stage0_data, (*TOY, "--rooms", 4)), (stage1_localize, training), (evaluation, flags + more)
-    ):  # fmt: skip
+    for module, command in ((stage0_data, (*TOY, "--rooms", 4)), (stage1_localize, training), (evaluation, flags + more)):
         assert finish(module, tmp_path, *command, patch=offline(log)) == 0, said(tmp_path)
         assert not log.read_text()
 

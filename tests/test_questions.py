@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 import common
-import stage0_data as world
+import stage0_data
+from support import toy_world
 
 ROOMS = 60
+TOY_TYPES = ["relative direction", "relative distance", "absolute distance", "object size", "object count"]
 AXES, DIAGONALS = ["left", "right", "front", "back"], ["left-front", "left-back", "right-front", "right-back"]
 
 
@@ -65,18 +67,18 @@ def verdict_of(right, beyond):
 def views(tmp_path_factory):
     """[(made room, camera, view, {type: all rows})], every second photograph of many rooms."""
     root, out = tmp_path_factory.mktemp("rooms"), []
-    world.write_labels(root / "labels.tsv")
-    labels = world.read_labels(root / "labels.tsv")
+    toy_world.write_labels(root / "labels.tsv")
+    labels = stage0_data.read_labels(root / "labels.tsv")
     for seed in range(ROOMS):
         rng = random.Random(f"questions {seed}")
-        made = world.make_room(rng)
+        made = toy_world.make_room(rng)
         folder = root / f"scene{seed:04d}_00"
-        world.write_room(made, folder, rng)
-        room = world.read_scannet(folder, labels)
+        toy_world.write_room(made, folder, rng)
+        room = stage0_data.read_scannet(folder, labels)
         for camera, frame in list(zip(made["cameras"], room.frames))[::2]:
-            boxes, glimpsed = world.look(room, frame)
-            view = world.View(room, "single_image", [frame], [boxes], [glimpsed], rng, world.TOY_RULES)
-            rows = {kind: list(world.GENERATORS[kind](view)) for kind in world.TOY_ASKED}
+            boxes, glimpsed = stage0_data.visible_boxes(room, frame)
+            view = stage0_data.View(room, "single_image", [frame], [boxes], [glimpsed], rng, stage0_data.TOY_RULES)
+            rows = {kind: list(stage0_data.GENERATORS[kind].generate(view)) for kind in TOY_TYPES}
             out.append((made, camera, view, {kind: [r for r in some if not isinstance(r, str)] for kind, some in rows.items()}))
         shutil.rmtree(folder)
     return out
@@ -101,7 +103,7 @@ def test_direction_is_where_a_lies_from_b_as_the_camera_sees_it(views):
         words, verdict, border = verdict_of(*offset_of(a, b, camera))
         assert answered(row) == verdict
         assert row["options"] == [f"{letter}. {word}" for letter, word in zip("ABCD", words)]
-        assert border >= world.RULES["guard_deg"] - 1e-3
+        assert border >= stage0_data.RULES["guard_deg"] - 1e-3
         asked = f"{', '.join(words[:-1])}, or {words[-1]}?"
         assert row["question"] == f"From the camera's perspective, is the {name_of(a)} to the {name_of(b)}'s {asked}"
         seen.add(verdict)
@@ -116,9 +118,9 @@ def test_every_direction_outside_the_guard_band_is_asked_and_no_other(views):
         shown = [k for k, name in enumerate(names) if names.count(name) == 1 and k + 2 in view.boxes[0]]
         for a, b in itertools.permutations(shown, 2):
             border = verdict_of(*offset_of(made["solids"][a], made["solids"][b], camera))[2]
-            if abs(border - world.RULES["guard_deg"]) > 1e-3:  # the mesh holds float32
-                assert ((a + 2, b + 2) in asked) == (border > world.RULES["guard_deg"])
-                skipped += border < world.RULES["guard_deg"]
+            if abs(border - stage0_data.RULES["guard_deg"]) > 1e-3:  # the mesh holds float32
+                assert ((a + 2, b + 2) in asked) == (border > stage0_data.RULES["guard_deg"])
+                skipped += border < stage0_data.RULES["guard_deg"]
     assert skipped > 20
 
 
@@ -126,8 +128,8 @@ def test_relative_distance_is_won_by_the_nearer_one_by_more_than_the_gap(views):
     count = 0
     for _, _, row, (a, b, reference) in rows_of(views, "relative distance"):
         # On the mesh, which the rules are about, and on the true surfaces, which the question is about.
-        near, far = sorted(smallest_gap(world.solid_points(thing), world.solid_points(reference)) for thing in (a, b))
-        assert near >= world.RULES["min_nearest_m"] - 1e-5 and far - near > world.TOY_RULES["gap_m"] - 1e-5
+        near, far = sorted(smallest_gap(toy_world.solid_points(thing), toy_world.solid_points(reference)) for thing in (a, b))
+        assert near >= stage0_data.RULES["min_nearest_m"] - 1e-5 and far - near > stage0_data.TOY_RULES["gap_m"] - 1e-5
         true = {name_of(thing): smallest_gap(surface(thing), surface(reference)) for thing in (a, b)}
         assert answered(row) == min(true, key=true.get)
         assert [option[3:] for option in row["options"]] == [name_of(a), name_of(b)]
@@ -148,8 +150,8 @@ def test_absolute_distance_is_that_of_the_surfaces(views):
     asked = list(rows_of(views, "absolute distance"))
     assert len(asked) > 100
     for _, _, row, (a, b) in asked[::6]:
-        mesh, true = smallest_gap(world.solid_points(a), world.solid_points(b)), smallest_gap(surface(a), surface(b))
-        assert mesh >= world.RULES["min_distance_m"] - 1e-5
+        mesh, true = smallest_gap(toy_world.solid_points(a), toy_world.solid_points(b)), smallest_gap(surface(a), surface(b))
+        assert mesh >= stage0_data.RULES["min_distance_m"] - 1e-5
         assert abs(float(row["answer"]) - mesh) <= 0.05 + 1e-5 and re.fullmatch(r"\d+\.\d", row["answer"])
         assert abs(float(row["answer"]) - true) <= 0.1
         assert f"between the {name_of(a)} and the {name_of(b)} (in meters)" in row["question"]
@@ -157,7 +159,7 @@ def test_absolute_distance_is_that_of_the_surfaces(views):
 
 def test_size_is_the_longest_side_in_centimetres(views):
     asked = list(rows_of(views, "object size"))
-    assert {thing["shape"] for _, _, _, (thing,) in asked} == set(world.SHAPES)
+    assert {thing["shape"] for _, _, _, (thing,) in asked} == set(toy_world.SHAPES)
     for _, _, row, (thing,) in asked:
         assert abs(int(row["answer"]) - 100 * thing["size"]) <= 0.5 + 1e-3
         assert f"of the {name_of(thing)}, measured in centimeters?" in row["question"]
@@ -166,19 +168,19 @@ def test_size_is_the_longest_side_in_centimetres(views):
 def test_count_is_the_number_of_instances_that_the_picture_shows(views):
     answers = set()
     for made, camera, _, rows in views:
-        instance = world.render(made, camera)[2] if rows["object count"] else None
+        instance = toy_world.render(made, camera)[2] if rows["object count"] else None
         for row in rows["object count"]:
             label = re.fullmatch(r"How many (.+)\(s\) appear\?", row["question"])[1]
             same = [k for k, thing in enumerate(made["solids"], 1) if name_of(thing) == label]
             shown = [k for k in same if (instance == k).any()]
-            assert int(row["answer"]) == len(shown) >= world.RULES["min_count"]
+            assert int(row["answer"]) == len(shown) >= stage0_data.RULES["min_count"]
             assert sorted(thing.number - 1 for thing in row["objects"]) == shown
             answers.add(row["answer"])
     assert {"2", "3"} <= answers
 
 
 def test_objects_asked_about_by_name_have_a_name_of_their_own(views):
-    for kind in set(world.TOY_ASKED) - {"object count"}:
+    for kind in set(TOY_TYPES) - {"object count"}:
         for made, _, row, named in rows_of(views, kind):
             names = [name_of(thing) for thing in made["solids"]]
             assert all(names.count(name_of(thing)) == 1 for thing in named)
@@ -194,12 +196,17 @@ def test_objects_asked_about_are_visible(views):
 # The files
 
 
+def build(root, rooms, first, seed, traces, workers, detection):
+    """build_toy with its settings. Returns the counts."""
+    return stage0_data.build_toy(root, rooms, first, stage0_data.DataSettings(seed=seed, workers=workers), traces, detection)
+
+
 @pytest.fixture(scope="module")
 def split(tmp_path_factory):
     """A folder with training rooms and, in heldout/, rooms that come after them."""
     root = tmp_path_factory.mktemp("split")
-    counts = world.build_toy(root, 10, 0, 3, 40, 2, True)
-    world.build_toy(root / "heldout", 4, 10, 3, 0, 2, False)
+    counts = build(root, 10, 0, 3, 40, 2, True)
+    build(root / "heldout", 4, 10, 3, 0, 2, False)
     return root, counts
 
 
@@ -229,7 +236,7 @@ def test_files_obey_the_schema(split):
         assert all(e.data_type == "single_image" and len(e.images) == 1 for e in examples)
     assert counts["coldstart"] == 40 and counts["worked"] == counts["spatial"]
     spatial = common.read_examples(root, "spatial")
-    assert counts["by_type"] == {kind: sum(e.question_type == kind for e in spatial) for kind in world.TOY_ASKED}
+    assert counts["by_type"] == {kind: sum(e.question_type == kind for e in spatial) for kind in TOY_TYPES}
     rows = common.read_jsonl(root / common.FILES["spatial"])
     fields = {"question_id", "question", "options", "answer", "image", "question_type", "data_type"}
     assert all(set(row) == fields and isinstance(row["answer"], str) for row in rows)
@@ -247,7 +254,7 @@ def test_localisation_rows_name_their_boxes_and_stay_in_the_picture(split):
         for box in row["answer"]:
             x1, y1, x2, y2 = box["bbox_2d"]
             assert box in shown[row["image"][0]] and all(isinstance(x, int) for x in box["bbox_2d"])
-            assert 0 <= x1 < x2 <= world.SIDE and 0 <= y1 < y2 <= world.SIDE
+            assert 0 <= x1 < x2 <= toy_world.SIDE and 0 <= y1 < y2 <= toy_world.SIDE
 
 
 def test_a_thought_never_contradicts_its_answer(split):
@@ -259,7 +266,7 @@ def test_a_thought_never_contradicts_its_answer(split):
         else:
             assert re.findall(r"[\d.]+", words)[-1] == answer
         kinds.add(row["question_type"])
-    assert kinds == set(world.TOY_ASKED)
+    assert kinds == set(TOY_TYPES)
 
 
 def test_the_boxes_of_a_thought_are_those_of_the_objects_in_the_question(split):
@@ -307,13 +314,13 @@ def test_the_offsets_of_a_thought_are_those_of_its_objects(views):
 
 
 def test_the_same_seed_gives_the_same_bytes_whatever_the_workers(split, tmp_path):
-    world.build_toy(tmp_path / "one", 10, 0, 3, 40, 1, True)
+    build(tmp_path / "one", 10, 0, 3, 40, 1, True)
     assert texts_of(tmp_path / "one") == texts_of(split[0])
     assert len(texts_of(split[0])) == 5
 
 
 def test_another_seed_gives_other_rooms(split, tmp_path):
-    world.build_toy(tmp_path / "other", 10, 0, 4, 40, 2, True)
+    build(tmp_path / "other", 10, 0, 4, 40, 2, True)
     other, same = texts_of(tmp_path / "other"), texts_of(split[0])
     assert set(other) == set(same) and all(other[name] != same[name] for name in same)
 

@@ -2,8 +2,9 @@
 
 import json
 import math
+import shutil
+import sys
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,8 @@ from safetensors import safe_open
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import common
-from common import TrainSettings
+from support import runs
+from support.runs import TrainSettings
 
 QUESTION, ANSWER = "Is the chair left or right?", "<think>The chair is at 12, 34.</think><answer>B</answer>"
 
@@ -48,10 +50,10 @@ def scores_of(backbone, scenes, branches):
 
 def train_a_little(backbone, scenes, settings, steps=2, optimizers=None):
     """A few optimiser steps; returns the optimizers."""
-    optimizers = optimizers or common.make_optimizers(backbone.model, settings)
+    optimizers = optimizers or runs.make_optimizers(backbone.model, settings)
     for step in range(steps):
         loss_of(backbone, scenes, pairs(backbone, 2)).backward()
-        common.optimizer_step(backbone.model, optimizers, settings, step, 10)
+        runs.optimizer_step(backbone.model, optimizers, settings, step, 10)
     return optimizers
 
 
@@ -81,22 +83,23 @@ def test_the_order_differs_between_seeds_and_passes_and_repeats_for_the_same():
     assert len({tuple(order(seed, step)) for seed in range(3) for step in range(3)}) == 9
 
 
-def test_packs_hold_every_pair_once_and_at_most_so_many_branches(scenes):
-    packs = common.make_packs(scenes, 3, seed=0)
+def test_packs_hold_every_pair_once_and_at_most_so_many_branches(backbone, scenes):
+    packs = common.make_packs(backbone.tokenizer, scenes, 3, seed=0)
     assert max(len(pack.pairs) for pack in packs) == 3
-    found = Counter((id(pack.scene), pair) for pack in packs for pair in pack.pairs)
-    assert found == Counter((id(scene), common.sft_pair(example)) for scene in scenes for example in scene.examples)
+    found = Counter((id(pack.scene), tuple(map(tuple, pair))) for pack in packs for pair in pack.pairs)
+    pairs = [(scene, common.training_pair(example)) for scene in scenes for example in scene.examples]
+    assert found == Counter((id(s), tuple(common.encode_text(backbone.tokenizer, text) for text in pair)) for s, pair in pairs)
 
 
 def rates(settings, steps):
     """The rate of each step, seen also in how far plain SGD moves a lone weight."""
     model = torch.nn.Linear(1, 1, bias=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=123.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr)
     out = []
     for step in range(steps):
         before = model.weight.item()
         model.weight.grad = torch.full((1, 1), 0.5)
-        common.optimizer_step(model, [optimizer], settings, step, steps)
+        runs.optimizer_step(model, [optimizer], settings, step, steps)
         assert before - model.weight.item() == pytest.approx(0.5 * optimizer.param_groups[0]["lr"], rel=1e-4)
         assert model.weight.grad is None
         out.append(optimizer.param_groups[0]["lr"])
@@ -123,7 +126,7 @@ def test_gradients_are_clipped_to_the_norm_of_the_settings(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = model.weight.detach().clone()
     model.weight.grad = torch.tensor([[30.0, 40.0]])
-    norm = common.optimizer_step(model, [optimizer], make_settings(tmp_path, lr=1.0, warmup=0, clip=2.0), 0, 10)
+    norm = runs.optimizer_step(model, [optimizer], make_settings(tmp_path, lr=1.0, warmup=0, clip=2.0), 0, 10)
     assert norm == pytest.approx(50)  # as it was
     torch.testing.assert_close(before - model.weight.detach(), torch.tensor([[1.2, 1.6]]))
 
@@ -138,6 +141,82 @@ def test_muon_takes_the_matrices_of_the_layers_at_its_own_rate(backbone, scenes,
     rest = [names[id(p)] for p in adamw.param_groups[0]["params"]]
     assert len(matrices) == 4 * 7 and all("language_model.layers" in name for name in matrices)
     assert sorted(matrices + rest) == sorted(name for name, p in backbone.model.named_parameters() if p.requires_grad)
+
+
+# ------------------------------------------------------------------------------------------------
+# Held-out scenes
+# ------------------------------------------------------------------------------------------------
+
+KINDS = ["spatial", "locate", "coldstart"]
+
+
+def split_data(root, ladder_data, rooms):
+    """A data folder whose files have one row a room and kind, each with a picture of its own."""
+    for kind in KINDS:
+        (row, *_) = common.read_jsonl(ladder_data / common.FILES[kind])
+        with (root / common.FILES[kind]).open("w") as file:
+            for room in rooms:
+                (root / "images" / room).mkdir(parents=True, exist_ok=True)
+                shutil.copy(ladder_data / "images" / row["image"][0], root / "images" / room / f"{kind}.jpg")
+                file.write(json.dumps(row | {"image": [f"{room}/{kind}.jpg"]}) + "\n")
+
+
+def rooms_of(scenes):
+    return {Path(path).parent.name for scene in scenes for path in scene.images}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_room_is_trained_on_and_scored(backbone, ladder_data, tmp_path, seed, capsys):
+    """60 scans of 50 rooms: ten rooms were scanned twice. In every kind of rows the same room is held out, with both scans."""
+    scans = [f"scene{n:04d}_00" for n in range(50)] + [f"scene{n:04d}_01" for n in range(10)]
+    split_data(tmp_path, ladder_data, scans)
+    settings = make_settings(tmp_path, data=str(tmp_path), seed=seed)
+    held_out = [rooms_of(runs.held_out_scenes(settings, [kind], backbone.processor)) for kind in KINDS]
+    assert held_out[0] == held_out[1] == held_out[2] and len({scan[:9] for scan in held_out[0]}) == 1
+    for kinds in ([kind] for kind in KINDS):
+        trained = rooms_of(runs.training_scenes(settings, kinds, backbone.processor))
+        assert not {scan[:9] for scan in trained} & {scan[:9] for scan in held_out[0]}
+        assert trained | held_out[0] == set(scans)
+    assert f"{60 - len(held_out[0])} training scenes; {len(held_out[0])} scenes of 1 rooms are held out" in capsys.readouterr().err
+
+
+def test_different_seeds_hold_out_different_rooms(backbone, ladder_data, tmp_path):
+    split_data(tmp_path, ladder_data, [f"scene{n:04d}_00" for n in range(50)])
+    chosen = [runs.held_out_rooms(make_settings(tmp_path, data=str(tmp_path), seed=seed)) for seed in range(5)]
+    assert len(set.union(*chosen)) > 1 and all(len(rooms) == 1 for rooms in chosen)
+    assert chosen[3] == runs.held_out_rooms(make_settings(tmp_path, data=str(tmp_path), seed=3))
+
+
+def test_with_eval_scenes_0_all_is_trained_on_and_nothing_scored(backbone, ladder_data, tmp_path):
+    settings = make_settings(tmp_path, data=str(ladder_data), eval_scenes=0)
+    assert runs.held_out_scenes(settings, ["spatial"], backbone.processor) == []
+    assert len(runs.training_scenes(settings, ["spatial"], backbone.processor)) == 4
+
+
+def test_a_heldout_folder_is_scored_and_all_other_rooms_are_trained_on(backbone, ladder_data, tmp_path):
+    scans = [f"scene{n:04d}_00" for n in range(9)]
+    split_data(tmp_path, ladder_data, scans)
+    (tmp_path / "heldout").mkdir()
+    split_data(tmp_path / "heldout", ladder_data, ["scene0100_00", "scene0101_00"])
+    settings = make_settings(tmp_path, data=str(tmp_path), eval_scenes=5)
+    assert rooms_of(runs.training_scenes(settings, KINDS, backbone.processor)) == set(scans)
+    assert rooms_of(runs.held_out_scenes(settings, ["locate"], backbone.processor)) == {"scene0100_00", "scene0101_00"}
+    assert len(runs.held_out_scenes(make_settings(tmp_path, data=str(tmp_path), eval_scenes=1), KINDS, backbone.processor)) == 1
+
+
+def test_one_room_alone_is_trained_on(backbone, ladder_data, tmp_path):
+    split_data(tmp_path, ladder_data, ["scene0001_00", "scene0001_01"])
+    settings = make_settings(tmp_path, data=str(tmp_path))
+    assert runs.held_out_scenes(settings, KINDS, backbone.processor) == []
+    assert len(rooms_of(runs.training_scenes(settings, KINDS, backbone.processor))) == 2
+
+
+@pytest.mark.parametrize("path,room", [
+    ("a/images/scene0011_00/20.jpg", "scene0011"), ("a/images/kitchen/20.jpg", "kitchen"), ("a/images/20.jpg", "20"),
+    ("a/images/scene0011_01.mp4", "scene0011"),
+])  # fmt: skip
+def test_the_room_of_a_picture(path, room):
+    assert runs.room_of(path) == room
 
 
 # ------------------------------------------------------------------------------------------------
@@ -329,9 +408,9 @@ def test_a_4bit_model_still_learns_after_a_rollout(tiny_model, scenes, tmp_path)
     """An eval forward may repack the 4-bit weights of a CPU, after which gradients vanish without an error."""
     backbone = common.load_backbone(tiny_model, "4bit")
     common.adapt(backbone, make_settings(tmp_path, load="4bit", lora_rank=4))
-    layer = common.core(backbone.model).model.language_model.layers[0]
+    layer = common.unwrap(backbone.model).model.language_model.layers[0]
     assert type(layer.self_attn.q_proj.base_layer).__name__ == "Linear4bit"
-    assert {p.dtype for p in common.core(backbone.model).model.visual.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in common.unwrap(backbone.model).model.visual.parameters()} == {torch.bfloat16}
     fill_lora(backbone)  # so that lora_A has gradients too
     branches = pairs(backbone, 2)
     with torch.no_grad():
@@ -378,21 +457,22 @@ def test_a_4bit_model_is_merged_into_bf16_weights(tiny_model, scenes, tmp_path):
 ids=str)
 def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tiny_model, scenes, tmp_path, changed):
     settings = make_settings(tmp_path, **changed)
-    folder, step = common.start_run(settings)
-    assert step == 0
+    run = runs.Run(settings, {})
+    assert run.first == 0
     torch.manual_seed(0)
     first = common.load_backbone(tiny_model, "fp32")
     common.adapt(first, settings)
     optimizers = train_a_little(first, scenes, settings)
-    common.save_checkpoint(folder, 2, first, optimizers, settings)
+    run.save(2, first, optimizers)
     train_a_little(first, scenes, settings, optimizers=optimizers)
 
     torch.manual_seed(1)  # another adapter before loading
     second = common.load_backbone(tiny_model, "fp32")
     common.adapt(second, settings)
-    optimizers = common.make_optimizers(second.model, settings)
-    assert common.start_run(settings) == (folder, 2)
-    common.load_checkpoint(folder, second, optimizers)
+    optimizers = runs.make_optimizers(second.model, settings)
+    run = runs.Run(settings, {})
+    assert run.first == 2
+    run.restore(second, optimizers)
     assert all(optimizer.state_dict()["state"] for optimizer in optimizers)
     train_a_little(second, scenes, settings, optimizers=optimizers)
     for (name, wanted), (_, got) in zip(first.model.named_parameters(), second.model.named_parameters(), strict=True):
@@ -400,66 +480,50 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tiny_model,
 
 
 def small_checkpoint(settings, step=3):
-    """A checkpoint of a model of one weight, `step`."""
-    folder, _ = common.start_run(settings)
+    """A run with a checkpoint of a model of one weight, `step`; and its backbone."""
+    run = runs.Run(settings, {})
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(model.weight, step)
     backbone = SimpleNamespace(model=model, device=torch.device("cpu"))
-    common.save_checkpoint(folder, step, backbone, [torch.optim.AdamW(model.parameters())], settings)
-    return folder, backbone
+    run.save(step, backbone, [torch.optim.AdamW(model.parameters())])
+    return run, backbone
+
+
+def check_resumes(settings, step):
+    """A new start of the run finds the checkpoint of `step`, with its weight."""
+    run = runs.Run(settings, {})
+    backbone = SimpleNamespace(model=torch.nn.Linear(1, 1, bias=False), device=torch.device("cpu"))
+    assert run.first == step
+    run.restore(backbone, [torch.optim.AdamW(backbone.model.parameters())])
+    assert backbone.model.weight.item() == step
+    return run
 
 
 def test_a_new_checkpoint_takes_the_place_of_the_old_one(tmp_path):
     settings = make_settings(tmp_path)
-    folder, _ = small_checkpoint(settings, 3)
-    _, backbone = small_checkpoint(settings, 6)
-    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["checkpoint"]
-    torch.nn.init.zeros_(backbone.model.weight)
-    common.load_checkpoint(folder, backbone, [])
-    assert backbone.model.weight.item() == 6
-    assert common.start_run(settings) == (folder, 6)
+    small_checkpoint(settings, 3)
+    run, _ = small_checkpoint(settings, 6)
+    assert sorted(path.name for path in run.folder.glob("checkpoint*")) == ["checkpoint.pt"]
+    check_resumes(settings, 6)
 
 
-def test_a_run_stopped_between_the_two_renames_is_recovered(tmp_path):
+@pytest.mark.parametrize("moment", ["save", "replace"])
+def test_a_stop_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch, moment):
     settings = make_settings(tmp_path)
-    folder, backbone = small_checkpoint(settings)
-    (folder / "checkpoint").rename(folder / "checkpoint.old")
-    assert common.start_run(settings) == (folder, 3)
-    torch.nn.init.zeros_(backbone.model.weight)
-    common.load_checkpoint(folder, backbone, [])
-    assert backbone.model.weight.item() == 3
+    run, backbone = small_checkpoint(settings, 3)
 
+    def stopping(*args):
+        if moment == "save":
+            Path(args[1]).write_bytes(b"half")
+        raise KeyboardInterrupt
 
-@pytest.mark.parametrize("stop", [1, 2])
-def test_a_stop_at_either_rename_of_a_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch, stop):
-    settings = make_settings(tmp_path)
-    folder, backbone = small_checkpoint(settings, 3)
-    rename, calls = Path.rename, []
-
-    def stopping(path, target):
-        calls.append(path.name)
-        if len(calls) == stop:
-            raise KeyboardInterrupt
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", stopping)
+    monkeypatch.setattr(*(torch, "save") if moment == "save" else (Path, "replace"), stopping)
     with pytest.raises(KeyboardInterrupt):
-        common.save_checkpoint(folder, 6, backbone, [torch.optim.AdamW(backbone.model.parameters())], settings)
+        run.save(6, backbone, [torch.optim.AdamW(backbone.model.parameters())])
     monkeypatch.undo()
-    assert common.start_run(settings) == (folder, 3)
-    torch.nn.init.zeros_(backbone.model.weight)
-    common.load_checkpoint(folder, backbone, [])
-    assert backbone.model.weight.item() == 3
-
-
-def test_a_run_stopped_while_writing_keeps_the_checkpoint_before(tmp_path):
-    settings = make_settings(tmp_path)
-    folder, _ = small_checkpoint(settings)
-    (folder / "checkpoint.new").mkdir()
-    (folder / "checkpoint.new" / "weights.safetensors").write_bytes(b"half")
-    assert common.start_run(settings) == (folder, 3)
-    small_checkpoint(settings, 4)
-    assert common.start_run(settings) == (folder, 4)
+    check_resumes(settings, 3)
+    small_checkpoint(settings, 4)  # what was left of the save is in nobody's way
+    check_resumes(settings, 4)
 
 
 @pytest.mark.parametrize("name,value",
@@ -468,58 +532,162 @@ def test_a_checkpoint_of_other_settings_is_refused_by_name(tmp_path, name, value
     settings = make_settings(tmp_path)
     small_checkpoint(settings)
     with pytest.raises(SystemExit) as stopped:
-        common.start_run(make_settings(tmp_path, **{name: value}))
+        runs.Run(make_settings(tmp_path, **{name: value}), {})
     assert f"--{name} {getattr(settings, name)}" in str(stopped.value) and str(value) in str(stopped.value)
-    assert common.start_run(settings)[1] == 3  # and nothing was lost
+    check_resumes(settings, 3)  # and nothing was lost
 
 
 def test_more_steps_may_be_asked_of_a_checkpoint(tmp_path):
     small_checkpoint(make_settings(tmp_path, max_steps=3))
-    assert common.start_run(make_settings(tmp_path, max_steps=8, processes=1))[1] == 3
+    assert runs.Run(make_settings(tmp_path, max_steps=8, processes=1), {}).first == 3
 
 
-def test_resume_never_starts_anew_and_other_words_are_refused(tmp_path):
-    folder, _ = small_checkpoint(make_settings(tmp_path))
-    assert common.start_run(make_settings(tmp_path, resume="never", lr=0.5)) == (folder, 0)
-    assert not (folder / "checkpoint").exists()
+def test_resume_never_starts_again_and_other_words_are_refused(tmp_path):
+    run, _ = small_checkpoint(make_settings(tmp_path))
+    assert runs.Run(make_settings(tmp_path, resume="never", lr=0.5), {}).first == 0
+    assert not run.checkpoint.exists()
     with pytest.raises(SystemExit, match="sometimes"):
-        common.start_run(make_settings(tmp_path, resume="sometimes"))
+        runs.Run(make_settings(tmp_path, resume="sometimes"), {})
 
 
 def test_another_runs_checkpoint_is_copied_and_continued(tmp_path):
-    there, backbone = small_checkpoint(make_settings(tmp_path / "one"))
-    common.log(there, {"step": 1, "loss": 0.5})
-    settings = make_settings(tmp_path / "two", resume=str(there))
-    folder, step = common.start_run(settings)
-    assert folder != there and step > 0 and (there / "checkpoint").is_dir()
-    assert [row["step"] for row in common.read_jsonl(folder / "metrics.jsonl")] == [1]
-    for name in ("weights.safetensors", "optimizers.pt"):
-        assert (folder / "checkpoint" / name).read_bytes() == (there / "checkpoint" / name).read_bytes()
-    (folder / "checkpoint" / "state.json").write_text(json.dumps({"step": step + 5, "config": asdict(settings)}))
-    assert common.start_run(settings) == (folder, step + 5)  # the same command again goes on from its own
+    there, _ = small_checkpoint(make_settings(tmp_path / "one"))
+    there.append("metrics.jsonl", {"step": 1, "loss": 0.5})
+    settings = make_settings(tmp_path / "two", resume=str(there.folder))
+    run = runs.Run(settings, {})
+    assert run.folder != there.folder and run.first > 0 and there.checkpoint.is_file()
+    assert [row["step"] for row in common.read_jsonl(run.folder / "metrics.jsonl")] == [1]
+    assert run.checkpoint.read_bytes() == there.checkpoint.read_bytes()
+    _, backbone = small_checkpoint(make_settings(tmp_path / "other"))
+    run.save(run.first + 5, backbone, [])
+    assert runs.Run(settings, {}).first == run.first + 5  # the same command again resumes from its own
     with pytest.raises(SystemExit, match="--lr"):
-        common.start_run(make_settings(tmp_path / "three", resume=str(there), lr=0.5))
+        runs.Run(make_settings(tmp_path / "three", resume=str(there.folder), lr=0.5), {})
 
 
 def test_lines_logged_after_the_checkpoint_are_dropped(tmp_path):
     settings = make_settings(tmp_path)
-    folder, _ = small_checkpoint(settings, step=2)
+    run, _ = small_checkpoint(settings, step=2)
     for step in (1, 2, 3, 4):
-        common.log(folder, {"step": step})
-    common.start_run(settings)
-    assert [row["step"] for row in common.read_jsonl(folder / "metrics.jsonl")] == [1, 2]
+        run.append("metrics.jsonl", {"step": step})
+    runs.Run(settings, {})
+    assert [row["step"] for row in common.read_jsonl(run.folder / "metrics.jsonl")] == [1, 2]
 
 
 def test_a_checkpoint_of_another_model_is_refused(backbone, tmp_path):
-    folder, _ = small_checkpoint(make_settings(tmp_path))
+    run, _ = small_checkpoint(make_settings(tmp_path))
     with pytest.raises(SystemExit, match="another model"):
-        common.load_checkpoint(folder, backbone, [])
+        runs.Run(make_settings(tmp_path), {}).restore(backbone, [])
 
 
 def test_every_step_draws_its_own_numbers_and_again_the_same(tmp_path):
     def draw(seed, step):
-        common.seed_step(make_settings(tmp_path, seed=seed), step)
+        runs.seed_step(make_settings(tmp_path, seed=seed), step)
         return torch.rand(1).item()
 
     assert draw(0, 5) == draw(0, 5)
     assert len({draw(seed, step) for seed in range(4) for step in range(4)}) == 16
+
+
+# ------------------------------------------------------------------------------------------------
+# The loop of a run
+# ------------------------------------------------------------------------------------------------
+
+
+def walk(settings, planned, last=None):
+    """Go through the steps of a run with a model of one weight, ending it at `last`. Returns the run and the steps done."""
+    run, done = runs.Run(settings, {"loss": ["loss"]}), []
+    backbone = SimpleNamespace(model=torch.nn.Linear(1, 1, bias=False), device=torch.device("cpu"))
+    for step in run.steps(planned, backbone, [torch.optim.AdamW(backbone.model.parameters())]):
+        done.append(step)
+        run.log({"loss": 1.0 / (step + 1), "grad_norm": 1.0})
+        if step == last:
+            run.end()
+    return run, done
+
+
+def test_a_run_goes_through_all_its_steps_and_resumes_behind_the_last_checkpoint(tmp_path):
+    assert walk(make_settings(tmp_path, max_steps=3, save_every=2), 5)[1] == [0, 1, 2]
+    run, done = walk(make_settings(tmp_path, save_every=2), 5)
+    assert done == [3, 4] and [row["step"] for row in common.read_jsonl(run.folder / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_that_has_ended_itself_has_no_steps_left(tmp_path):
+    assert walk(make_settings(tmp_path), 9, last=3)[1] == [0, 1, 2, 3]
+    assert walk(make_settings(tmp_path), 9)[1] == []
+
+
+def test_scores_are_asked_for_every_so_many_steps_and_at_the_end(tmp_path):
+    run = runs.Run(make_settings(tmp_path, eval_every=3), {})
+    run.last = 8
+    found = []
+    for run.step in range(8):
+        found += [run.step] * run.is_eval_step()
+    assert found == [2, 5, 7]
+
+
+def test_a_finished_run_is_known_by_its_model_and_its_settings(tmp_path):
+    settings = make_settings(tmp_path)
+    run, _ = small_checkpoint(settings)
+    assert not runs.is_finished(settings)
+    (run.folder / "model").mkdir()
+    (run.folder / "model" / "config.json").write_text("{}")
+    assert runs.is_finished(settings) and runs.is_finished(make_settings(tmp_path, processes=7))
+    assert not runs.is_finished(make_settings(tmp_path, max_steps=9))  # it may have further steps to do
+    assert not runs.is_finished(make_settings(tmp_path, resume="never"))
+    runs.Run(make_settings(tmp_path, max_steps=9), {})
+    assert not (run.folder / "model").exists()  # no model is there while it trains
+
+
+def test_a_gradient_of_zeros_moves_nothing_though_there_is_momentum(tmp_path):
+    model = torch.nn.Linear(3, 1, bias=False)
+    settings = make_settings(tmp_path, lr=1e-2, warmup=0.0)
+    optimizers = runs.make_optimizers(model, settings)
+    model.weight.grad = torch.ones(1, 3)
+    runs.optimizer_step(model, optimizers, settings, 0, 10)
+    before = model.weight.detach().clone()
+    model.weight.grad = torch.zeros(1, 3)  # all groups dead, in several processes: all_reduce_gradients makes zeros
+    assert runs.optimizer_step(model, optimizers, settings, 1, 10) == 0
+    assert torch.equal(model.weight, before) and model.weight.grad is None
+
+
+def test_metrics_go_to_tensorboard_too(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    walk(make_settings(tmp_path, track="tensorboard"), 3)
+    events = event_accumulator.EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    assert [round(point.value, 3) for point in events.Scalars("loss")] == [1.0, 0.5, 0.333]
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit, match="--track wandb: .* pip install wandb"):
+        runs.Run(make_settings(tmp_path, track="wandb"), {})
+
+
+# ------------------------------------------------------------------------------------------------
+# Muon
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(16, 48), (48, 16), (32, 32)])
+def test_muon_makes_the_updates_of_torchs_muon(shape):
+    """torch's runs in bfloat16, ours in float32: they agree to bfloat16's eight bits, over several steps."""
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
+    mine, torchs = runs.Muon([ours], lr=0.1, weight_decay=0.0), torch.optim.Muon([theirs], lr=0.1, weight_decay=0.0)
+    for _ in range(4):
+        gradient = torch.randn(shape)
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        mine.step()
+        torchs.step()
+    assert (ours - theirs).norm() < 0.02 * theirs.norm() and theirs.norm() > 0.5
+
+
+def test_orthogonalize_keeps_the_directions_and_evens_the_lengths():
+    torch.manual_seed(0)
+    matrix = torch.randn(20, 50)
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    inner = u.T @ runs.orthogonalize(matrix) @ v.T  # diagonal if the singular vectors are the same
+    lengths = inner.diagonal()
+    assert (inner - lengths.diag()).abs().max() < 1e-3 and 0.6 < lengths.min() and lengths.max() < 1.3

@@ -17,13 +17,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 from scannet_fixture import NO_ROW, Camera, alignment, bedroom, cast, rectangle, study, write_scene, write_table
 from scipy.spatial.distance import cdist
 
 import common
-import stage0_data as world
+import stage0_data
+from support import jobs, report
 
 META = Path(__file__).resolve().parents[2] / "shared" / "data" / "scannet_meta_info_val.json"
+FOUR = ["relative direction", "relative distance", "absolute distance", "object size"]
+TYPES = {  # kind of picture -> question types, without --extra
+    "single_image": FOUR,
+    "multi_view": [*FOUR, "object count"],
+    "video": [*FOUR, "object count", "room size", "appearance order"],
+}
 AXES, DIAGONALS = ["left", "right", "front", "back"], ["left-front", "left-back", "right-front", "right-back"]
 EIGHT = ["front", "front-left", "left", "back-left", "back", "back-right", "right", "front-right"]
 CLOSEST = "Measuring from the closest point of each object, "
@@ -205,9 +213,9 @@ def numbers_of(row):
 def all_rows(room, seed="rows"):
     """Every row that the generators yield about a room, and what they refuse: no limit to groups and rows."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(world.RULES, "tries", 10**6)
-        patch.setitem(world.RULES, "per_scene_type", 10**6)
-        rows, passed, rejected = world.scene_rows(room, SimpleNamespace(extra=True), random.Random(seed))
+        patch.setitem(stage0_data.RULES, "tries", 10**6)
+        patch.setitem(stage0_data.RULES, "per_room_type", 10**6)
+        rows, passed, rejected = stage0_data.room_rows(room, SimpleNamespace(extra=True), random.Random(seed))
     assert passed == Counter(f"{row['data_type']}: {row['question_type']}" for row in rows)
     return rows, rejected
 
@@ -245,7 +253,7 @@ def small(root, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def labels(root):
-    return world.read_labels(root.path / "scannetv2-labels.combined.tsv")
+    return stage0_data.read_labels(root.path / "scannetv2-labels.combined.tsv")
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +261,7 @@ def scenes(root, labels):
     """[(truth, room as read, all rows, rejected)] of the two whole scenes."""
     out = []
     for name in ("scene0007_00", "scene0012_01"):
-        room = world.read_scannet(root.path / "scans" / name, labels)
+        room = stage0_data.read_scannet(root.path / "scans" / name, labels)
         out.append(SimpleNamespace(truth=Truth(root.made[name]), room=room))
         out[-1].rows, out[-1].rejected = all_rows(room)
     return out
@@ -311,7 +319,7 @@ def test_objects_are_in_the_aligned_world(scenes):
         np.testing.assert_allclose(thing.centre, box.centre, atol=1e-5)
         np.testing.assert_allclose(sorted(thing.sides), sorted(box.sides), atol=1e-5)
         np.testing.assert_allclose(thing.axes @ thing.axes.T, np.eye(3), atol=1e-12)
-        assert cdist(world.corners(thing), box.corners()).min(1).max() < 1e-5
+        assert cdist(stage0_data.corners(thing), box.corners()).min(1).max() < 1e-5
 
 
 def test_structure_is_dropped(labels, scenes):
@@ -334,12 +342,12 @@ def test_missing_file_is_named(short, labels, name):
     path = short / name.format(short.name)
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(SystemExit, match=re.escape(str(path))):
-        world.read_scannet(short, labels)
+        stage0_data.read_scannet(short, labels)
 
 
 def test_missing_info_file_means_no_alignment(short, labels):
     (short / f"{short.name}.txt").unlink()
-    np.testing.assert_allclose(world.read_scannet(short, labels).objects[0].centre, (1.1, 3.8, 0.4), atol=1e-5)
+    np.testing.assert_allclose(stage0_data.read_scannet(short, labels).objects[0].centre, (1.1, 3.8, 0.4), atol=1e-5)
 
 
 def test_sens_file_is_refused_with_the_way_to_export(short, labels):
@@ -347,7 +355,7 @@ def test_sens_file_is_refused_with_the_way_to_export(short, labels):
         shutil.rmtree(short / kind)
     (short / f"{short.name}.sens").write_bytes(b"x")
     with pytest.raises(SystemExit) as error:
-        world.read_scannet(short, labels)
+        stage0_data.read_scannet(short, labels)
     for word in (f"{short.name}.sens", "--export_color_images", "--export_depth_images", "--export_poses", "--export_intrinsics"):
         assert word in str(error.value)
 
@@ -357,17 +365,17 @@ def test_segments_of_another_mesh_are_refused(short, labels):
     some = json.loads(path.read_text())["segIndices"]
     path.write_text(json.dumps({"segIndices": some[:-1]}))
     with pytest.raises(SystemExit, match=rf"{len(some) - 1} .* {len(some)}"):
-        world.read_scannet(short, labels)
+        stage0_data.read_scannet(short, labels)
 
 
 def test_missing_label_table_is_named(tmp_path):
     with pytest.raises(SystemExit, match="scannetv2-labels"):
-        world.read_labels(tmp_path / "scannetv2-labels.combined.tsv")
+        stage0_data.read_labels(tmp_path / "scannetv2-labels.combined.tsv")
 
 
 def test_files_in_a_folder_that_are_no_frames_are_passed_over(short, labels):
     (short / "color" / "thumbnail.jpg").write_bytes(b"")
-    assert len(world.read_scannet(short, labels).frames) == 9
+    assert len(stage0_data.read_scannet(short, labels).frames) == 9
 
 
 # -- what a picture shows --------------------------------------------------------------------------
@@ -376,7 +384,7 @@ def test_files_in_a_folder_that_are_no_frames_are_passed_over(short, labels):
 def test_boxes_are_the_unoccluded_vertices(scenes):
     for truth, room in ((s.truth, s.room) for s in scenes):
         for frame in room.frames:
-            boxes, glimpsed = world.look(room, frame)
+            boxes, glimpsed = stage0_data.visible_boxes(room, frame)
             wanted, bits = truth.sight(frame.number)
             assert glimpsed == {truth.made.boxes[index].number for index in bits}
             assert set(boxes) == {truth.made.boxes[index].number for index in wanted}
@@ -395,7 +403,7 @@ def test_boxes_fit_the_rendered_pixels(scenes):
         made = truth.made
         for frame in room.frames[::step]:
             camera = truth.camera[frame.number]
-            boxes, _ = world.look(room, frame)
+            boxes, _ = stage0_data.visible_boxes(room, frame)
             owner = cast(made.boxes, camera, made.color, made.size)[1]
             for index, box in enumerate(made.boxes):
                 if box.number not in boxes:
@@ -422,28 +430,28 @@ def test_what_is_hidden_is_never_shown(scenes):
     for row in scenes[0].rows:
         assert not hidden & set(row["asked"])
     for frame in room.frames:
-        boxes, glimpsed = world.look(room, frame)
+        boxes, glimpsed = stage0_data.visible_boxes(room, frame)
         assert not hidden & set(boxes) and not hidden & glimpsed
 
 
 def test_a_picture_without_depth_shows_nothing(short, labels):
     path = next((short / "depth").glob("20.png"))
-    world.Image.fromarray(np.zeros((120, 160), np.uint16)).save(path)
-    room = world.read_scannet(short, labels)
-    assert world.look(room, room.frames[1]) == ({}, set()) and world.look(room, room.frames[0])[0]
+    Image.fromarray(np.zeros((120, 160), np.uint16)).save(path)
+    room = stage0_data.read_scannet(short, labels)
+    assert stage0_data.visible_boxes(room, room.frames[1]) == ({}, set()) and stage0_data.visible_boxes(room, room.frames[0])[0]
 
 
 def test_views_are_those_of_the_rules(scenes, root, labels):
     for scene in scenes:
         for data_type, wanted in expected_views(list(scene.truth.camera)).items():
             assert {numbers_of(row) for row in scene.rows if row["data_type"] == data_type} <= set(wanted)
-            views = world.scene_views(scene.room, random.Random(0))
+            views = stage0_data.room_views(scene.room, random.Random(0))
             assert [tuple(f.number for f in v.frames) for v in views if v.data_type == data_type] == wanted
-    short = world.read_scannet(root.path / "scans" / "scene0033_00", labels)
-    assert Counter(v.data_type for v in world.scene_views(short, random.Random(0))) == {"single_image": 9, "multi_view": 1}
-    dense = [world.Frame(n, f.color, f.depth, f.pose) for n, f in zip(range(0, 70, 10), short.frames)]
+    short = stage0_data.read_scannet(root.path / "scans" / "scene0033_00", labels)
+    assert Counter(v.data_type for v in stage0_data.room_views(short, random.Random(0))) == {"single_image": 9, "multi_view": 1}
+    dense = [stage0_data.Frame(n, f.color, f.depth, f.pose) for n, f in zip(range(0, 70, 10), short.frames)]
     short.frames = dense  # numbered 0, 10, ... 60: every second is asked about alone, and there are too few for the rest
-    assert [v.frames[0].number for v in world.scene_views(short, random.Random(0))] == [0, 20, 40, 60]
+    assert [v.frames[0].number for v in stage0_data.room_views(short, random.Random(0))] == [0, 20, 40, 60]
 
 
 # -- every question, from the room that was made ---------------------------------------------------
@@ -596,7 +604,7 @@ def test_floor_area_follows_the_plan(angle):
     ]
     for parts, area in plans:
         points = np.concatenate(parts) @ alignment(angle, (0.3, 0.2, 0))[:3, :3].T + [0.313, -0.21, 0]
-        assert abs(world.floor_area(points) - area) <= 0.02 * area
+        assert abs(stage0_data.floor_area(points) - area) <= 0.02 * area
 
 
 def test_order_of_appearance(scenes):
@@ -673,10 +681,10 @@ def test_names_without_doubt_only(scenes):
 
 def test_groups_are_all_or_as_many_as_tried(scenes):
     room = scenes[0].room
-    views = world.scene_views(room, random.Random(1))
+    views = stage0_data.room_views(room, random.Random(1))
     for view in views[:3] + views[-1:]:
         count = len(view.unique())
-        view.rules = world.RULES | {"tries": 7}
+        view.rules = stage0_data.RULES | {"tries": 7}
         for ordered, unordered in ((2, 0), (3, 0), (0, 2), (1, 2)):
             groups = view.groups(ordered, unordered)
             keys = {(tuple(group[:ordered]), frozenset(group[ordered:])) for group in groups}
@@ -755,7 +763,7 @@ def test_thoughts_lead_to_the_answers(scenes):
         if row["options"] and row["question_type"] not in ("appearance order",) and not rest.startswith("turned"):
             assert rest.endswith(f": {chosen(row)}"), row
         kinds.add(row["question_type"])
-    assert kinds == set(world.GENERATORS)
+    assert kinds == set(stage0_data.GENERATORS)
 
 
 def test_thoughts_say_where_things_are(scenes):
@@ -796,7 +804,7 @@ def test_thoughts_about_small_offsets_lead_to_the_answers(tmp_path, labels):
     cameras = [Camera(20 * i, (3 - 1.8 * math.cos(a), 2.5 - 1.8 * math.sin(a), 1.5), a, 0.4)
                for i, a in enumerate(np.arange(8) * math.pi / 4)]  # fmt: skip
     made = write_scene(tmp_path, "scene0001_00", furniture, cameras, rectangle(0, 0, 6, 5), 30.0, nasty=False)
-    room = world.read_scannet(tmp_path / "scans" / made.name, labels)
+    room = stage0_data.read_scannet(tmp_path / "scans" / made.name, labels)
     rows = [row for row in all_rows(room)[0] if row["question_type"] == "relative direction"]
     assert len(rows) > 20
     wrong = [row["thought"] for row in rows if derived(row, split_thought(row["thought"])[1]) != chosen(row)]
@@ -813,7 +821,7 @@ def make(monkeypatch, root, out, *argv):
     """Run stage 0 in this process. Returns its manifest."""
     command = ["stage0_data.py", "--source", "scannet", "--scannet", str(root), "--out", str(out), *map(str, argv)]
     monkeypatch.setattr(sys, "argv", command)
-    world.main()
+    stage0_data.main()
     return json.loads((Path(out) / "manifest.json").read_text())
 
 
@@ -829,7 +837,7 @@ def bytes_of(out):
 def done(root, tmp_path_factory):
     """A whole run in a process of its own, from another folder."""
     cwd = tmp_path_factory.mktemp("cwd")
-    command = [sys.executable, str(Path(world.__file__).resolve()), "--source", "scannet", "--scannet", str(root.path)]
+    command = [sys.executable, str(Path(stage0_data.__file__).resolve()), "--source", "scannet", "--scannet", str(root.path)]
     finished = subprocess.run([*command, "--out", "mine", "--workers", "1"], cwd=cwd, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert "scene0568_00" in finished.stdout + finished.stderr and "scene0099_00" in finished.stdout + finished.stderr
@@ -840,11 +848,11 @@ def test_files_are_as_the_stages_read_them(done):
     for kind in ("locate", "spatial", "coldstart"):
         examples = common.read_examples(done, kind)
         assert len(examples) == len(rows_in(done, kind)) > 10
-        assert {example.data_type for example in examples} == ({"single_image"} if kind == "locate" else {*world.ASKED})
+        assert {example.data_type for example in examples} == ({"single_image"} if kind == "locate" else {*common.DATA_TYPES})
     for row in rows_in(done):
         assert set(row) == FIELDS and type(row["question_id"]) is int and type(row["answer"]) is str
         assert len(row["image"]) == {"single_image": 1, "multi_view": 8, "video": 16}[row["data_type"]]
-        assert row["question_type"] in world.ASKED[row["data_type"]]
+        assert row["question_type"] in TYPES[row["data_type"]]
         assert numbers_of(row) == tuple(sorted(set(numbers_of(row))))
         assert all(re.fullmatch(r"scene\d{4}_\d\d/(0|[1-9]\d*)\.jpg", name) for name in row["image"])
         if row["options"]:
@@ -909,9 +917,9 @@ def test_manifest_counts_what_is_there(done):
     assert manifest["letters"] == Counter(row["answer"] for row in rows if row["options"])
     for kind, count in manifest["by_kind"].items():
         assert manifest["passed"][kind] >= manifest["candidates"][kind] >= count
-        assert manifest["candidates"][kind] <= manifest["scenes"] * world.RULES["per_scene_type"]
-    assert list(manifest["failed_scenes"]) == ["scene0099_00"] and "aggregation.json" in manifest["failed_scenes"]["scene0099_00"]
-    assert manifest["scenes"] == 3 and {name.split("/")[0] for row in rows for name in row["image"]} == {
+        assert manifest["candidates"][kind] <= manifest["rooms"] * stage0_data.RULES["per_room_type"]
+    assert list(manifest["failed_rooms"]) == ["scene0099_00"] and "aggregation.json" in manifest["failed_rooms"]["scene0099_00"]
+    assert manifest["rooms"] == 3 and {name.split("/")[0] for row in rows for name in row["image"]} == {
         "scene0007_00", "scene0012_01", "scene0033_00",
     }  # fmt: skip
     assert manifest["skipped"] == {"label not in the table": 2, "frame without a finite pose": 4, "frame without depth": 2}
@@ -922,7 +930,7 @@ def test_manifest_counts_what_is_there(done):
 def test_a_scene_gives_at_most_so_many_rows(done, small, monkeypatch, tmp_path):
     for folder, most in ((done, 40), (tmp_path, 7)):
         if most == 7:
-            make(monkeypatch, small, folder, "--per_scene", most)
+            make(monkeypatch, small, folder, "--per_room", most)
         scenes = Counter(row["image"][0].split("/")[0] for row in rows_in(folder))
         assert max(scenes.values()) == most
 
@@ -935,14 +943,14 @@ def test_rows_do_not_depend_on_the_workers_but_on_the_seed(done, root, monkeypat
 
 
 def test_targets_are_shared_among_the_types(root, monkeypatch, tmp_path):
-    argv = ("--single_rows", 12, "--multi_rows", 10, "--video_rows", 15, "--per_scene", 1000, "--traces", 9)
+    argv = ("--single_rows", 12, "--multi_rows", 10, "--video_rows", 15, "--per_room", 1000, "--traces", 9)
     manifest = make(monkeypatch, root.path, tmp_path, *argv)
     by_kind = manifest["by_kind"]
     assert Counter(row["data_type"] for row in rows_in(tmp_path)) == {"single_image": 12, "multi_view": 10, "video": 15}
     assert manifest["counts"]["locate"] == 12 and manifest["counts"]["coldstart"] == 9
-    assert [by_kind[f"single_image: {kind}"] for kind in world.FOUR] == [3, 3, 3, 3]
-    assert all(2 <= by_kind[f"multi_view: {kind}"] <= 3 or by_kind["multi_view: object count"] < 2 for kind in world.FOUR)
-    video = {kind: by_kind.get(f"video: {kind}", 0) for kind in world.ASKED["video"]}
+    assert [by_kind[f"single_image: {kind}"] for kind in FOUR] == [3, 3, 3, 3]
+    assert all(2 <= by_kind[f"multi_view: {kind}"] <= 3 or by_kind["multi_view: object count"] < 2 for kind in FOUR)
+    video = {kind: by_kind.get(f"video: {kind}", 0) for kind in TYPES["video"]}
     short = [kind for kind in video if manifest["candidates"].get(f"video: {kind}", 0) <= 15 // 7]
     assert all(video[kind] == manifest["candidates"].get(f"video: {kind}", 0) for kind in short)
     rest = [video[kind] for kind in video if kind not in short]
@@ -956,24 +964,24 @@ def test_balance_shares_a_target_as_far_as_types_reach():
         return {"data_type": data_type, "question_type": kind, "image": [f"scene{scene:04d}_00/0.jpg"]}
 
     rows = [row("video", kind, i) for kind in many for i in range(many[kind])] + [row("single_image", "a", i) for i in range(5)]
-    chosen_rows = world.balance(list(rows), {"video": 52, "single_image": 0}, 100, 0)
+    chosen_rows = stage0_data.balance(list(rows), {"video": 52, "single_image": 0}, 100, 0)
     found = Counter((row["data_type"], row["question_type"]) for row in chosen_rows)
     assert found == {("video", "a"): 20, ("video", "b"): 20, ("video", "c"): 3, ("video", "d"): 9, ("single_image", "a"): 5}
     assert len({id(row) for row in chosen_rows}) == len(chosen_rows)
-    few = world.balance(list(rows), {"video": 0, "single_image": 0}, 2, 0)
+    few = stage0_data.balance(list(rows), {"video": 0, "single_image": 0}, 2, 0)
     assert set(Counter(row["image"][0] for row in few).values()) <= {1, 2}
     assert len({row["question_type"] for row in chosen_rows[:12]}) > 1  # not sorted by type
 
 
 def test_a_full_scene_is_asked_everything():
     """Where the scenes' limit binds and not the targets, no type goes without."""
-    kinds = [(data_type, kind) for data_type, some in world.ASKED.items() for kind in some]
+    kinds = [(data_type, kind) for data_type, some in TYPES.items() for kind in some]
     for scenes, most in ((1, 40), (5, 16)):
         rows = [
             {"data_type": data_type, "question_type": kind, "image": [f"scene{scene:04d}_00/0.jpg"]}
             for data_type, kind in kinds for scene in range(scenes) for _ in range(1 if kind == "room size" else 6)
         ]  # fmt: skip
-        found = world.balance(rows, {"single_image": 5929, "multi_view": 5752, "video": 9000}, most, 0)
+        found = stage0_data.balance(rows, {"single_image": 5929, "multi_view": 5752, "video": 9000}, most, 0)
         counts = Counter((row["data_type"], row["question_type"]) for row in found)
         assert len(found) == scenes * most and set(counts) == set(kinds)
         wanted = scenes * most / len(kinds)
@@ -998,25 +1006,24 @@ def test_validation_scenes_only_when_told(root, monkeypatch, tmp_path, capsys):
         make(monkeypatch, only, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     manifest = make(monkeypatch, only, tmp_path / "out", "--allow_val", "--single_rows", 8)
-    assert manifest["scenes"] == 1 and manifest["config"]["allow_val"] is True
+    assert manifest["rooms"] == 1 and manifest["config"]["allow_val"] is True
     assert {row["image"][0].split("/")[0] for row in rows_in(tmp_path / "out")} == {"scene0568_00"}
 
 
 def settings_of(root, out, **others):
-    return world.DataSettings(source="scannet", scannet=str(root), out=str(out), traces=1255, **others)
+    return stage0_data.DataSettings(source="scannet", scannet=str(root), out=str(out), traces=1255, **others)
 
 
-def begin(settings, jobs):
+def begin(settings, todo):
     """What a run leaves that was stopped after some scenes."""
-    names = ("source", "scannet", "seed", "allow_val", "extra", "single_rows", "multi_rows", "video_rows", "per_scene", "traces")
     out = Path(settings.out)
-    assert world.prepare(out, {name: getattr(settings, name) for name in names}, settings)
-    return world.make_parts(world.scannet_part, jobs, out / "parts", 1, "")
+    assert jobs.prepare(out, {name: getattr(settings, name) for name in stage0_data.REAL_CONFIG}, settings)
+    return jobs.process_rooms(stage0_data.process_scan, todo, out, 1, "")
 
 
 def test_stopped_run_goes_on_to_the_same_bytes(done, root, monkeypatch, tmp_path):
     settings = settings_of(root.path, tmp_path)
-    scenes = world.list_scenes(settings)
+    scenes = stage0_data.list_rooms(settings)
     begin(settings, [(name, (path, settings)) for name, path in list(scenes.items())[:2]])
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["scene0007_00.json", "scene0012_01.json"]
     (tmp_path / "parts" / "scene0033_00.new").write_text('{"rows": [')  # it was stopped while it wrote this
@@ -1036,8 +1043,8 @@ def test_half_copied_picture_is_copied_again(root, tmp_path):
 
         patch.setattr(shutil, "copyfile", stopped)
         with pytest.raises(KeyboardInterrupt):
-            world.copy_picture(source, target)
-    world.copy_picture(source, target)
+            stage0_data.copy_picture(source, target)
+    stage0_data.copy_picture(source, target)
     assert target.read_bytes() == (source / "color" / "000020.jpg").read_bytes()
 
 
@@ -1045,13 +1052,13 @@ def test_finished_scenes_are_not_made_again(small, monkeypatch, tmp_path):
     settings = settings_of(small, tmp_path)
     begin(settings, [])
     (tmp_path / "parts" / "scene0012_01.json").write_text('{"failed": "made before"}')
-    assert make(monkeypatch, small, tmp_path)["failed_scenes"] == {"scene0012_01": "made before"}
+    assert make(monkeypatch, small, tmp_path)["failed_rooms"] == {"scene0012_01": "made before"}
 
 
 def test_other_settings_are_refused(done, root, monkeypatch, tmp_path, capsys):
     before = bytes_of(done)
     monkeypatch.chdir(done.parent)
-    for name, value in (("seed", 5), ("per_scene", 3), ("video_rows", 7)):
+    for name, value in (("seed", 5), ("per_room", 3), ("video_rows", 7)):
         with pytest.raises(SystemExit, match=f"--{name} .*{value}"):
             make(monkeypatch, root.path, "mine", f"--{name}", value)
     with pytest.raises(SystemExit, match="--extra"):
@@ -1073,18 +1080,22 @@ def test_resume_never_makes_it_anew(small, monkeypatch, tmp_path):
     assert manifest["config"]["seed"] == 3 and bytes_of(tmp_path) != first and not (tmp_path / "images" / "old").exists()
 
 
-def test_wrong_sources_are_refused(root, monkeypatch, tmp_path):
+def test_wrong_sources_are_refused(root, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["stage0_data.py", "--out", str(tmp_path / "out"), "--source", "scannetpp"])
+    with pytest.raises(SystemExit, match="2"):
+        stage0_data.main()
+    message = r"--source: invalid choice: 'scannetpp' \(choose from '?toy'?, '?scannet'?, '?meta'?\)"
+    assert re.search(message, capsys.readouterr().err)
     for argv, words in (
-        (["--source", "scannetpp"], "scannetpp: choose toy, scannet or meta"),
         (["--source", "scannet"], "needs --scannet"),
         (["--source", "meta"], "needs --scannet"),
         (["--source", "scannet", "--scannet", str(tmp_path)], "scannetv2-labels"),
     ):
         monkeypatch.setattr(sys, "argv", ["stage0_data.py", "--out", str(tmp_path / "out"), *argv])
         with pytest.raises(SystemExit, match=words):
-            world.main()
+            stage0_data.main()
     write_table(tmp_path)
-    with pytest.raises(SystemExit, match="no scene"):
+    with pytest.raises(SystemExit, match="no room"):
         make(monkeypatch, tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -1100,12 +1111,12 @@ def test_folders_that_are_no_scenes_are_passed_over(root, monkeypatch, tmp_path)
     shutil.copytree(root.path / "scans" / "scene0033_00", tmp_path / "scans" / "scene0033_00")
     (tmp_path / "scans" / "scenes_old").mkdir()
     write_table(tmp_path)
-    assert make(monkeypatch, tmp_path, tmp_path / "out", "--multi_rows", 3)["scenes"] == 1
+    assert make(monkeypatch, tmp_path, tmp_path / "out", "--multi_rows", 3)["rooms"] == 1
 
 
 def test_extra_types_are_asked_when_wanted(small, done, monkeypatch, tmp_path):
     assert not {row["question_type"] for row in rows_in(done)} & {"perspective taking", "view change"}
-    manifest = make(monkeypatch, small, tmp_path, "--extra", "--per_scene", 200)
+    manifest = make(monkeypatch, small, tmp_path, "--extra", "--per_room", 200)
     assert manifest["by_kind"]["single_image: perspective taking"] > 0 and manifest["by_kind"]["multi_view: view change"] > 3
     assert len(common.read_examples(tmp_path, "spatial")) == manifest["counts"]["spatial"]
 
@@ -1195,10 +1206,9 @@ def test_gallery_escapes_everything(scenes, tmp_path):
     kinds = {(row["data_type"], row["question_type"]): row for row in evil}
     rows = list(kinds.values())
     assert len(rows) >= 8
-    world.write_gallery(rows, lambda name: scene.room, tmp_path / "gallery.html")
-    text = (tmp_path / "gallery.html").read_text(encoding="utf-8")
+    text = report.gallery_page([stage0_data.gallery_entry(row, scene.room) for row in rows])
     page = read_page(text)
-    assert "<script" not in text and "&lt;script&gt;" in text and 'a"b&c' not in text and "&quot;b&amp;c" in text
+    assert "<script" not in text and "&lt;script&gt;" in text and 'a"b&c' not in text and "a&#34;b&amp;c" in text
     for row, article in zip(rows, page.articles, strict=True):
         texts = set(article.texts)
         assert {row["question"], row["thought"], row["answer"], *(row["options"] or [])} <= texts
@@ -1225,7 +1235,7 @@ def write_json(path, content):
 
 def test_tiny_meta_file(tmp_path, monkeypatch):
     path = write_json(tmp_path / "meta.json", tiny_meta())
-    rows, _ = all_rows(world.read_meta(path)["scene0001_00"])
+    rows, _ = all_rows(stage0_data.read_meta(path)["scene0001_00"])
     answers = {row["question_type"]: row["answer"] for row in rows}
     assert answers == {"absolute distance": "2.3", "object size": answers["object size"], "room size": "12.3"}
     assert sorted(row["answer"] for row in rows if row["question_type"] == "object size") == ["100", "200"]
@@ -1242,9 +1252,9 @@ def test_bad_meta_files_are_named(tmp_path):
     for number, content in enumerate(bad):
         path = write_json(tmp_path / f"{number}.json", content)
         with pytest.raises(SystemExit, match=str(path) + ("" if content == "{" else ".*scene0001_00")):
-            world.read_meta(path)
+            stage0_data.read_meta(path)
     with pytest.raises(SystemExit, match="nothing.json"):
-        world.read_meta(tmp_path / "nothing.json")
+        stage0_data.read_meta(tmp_path / "nothing.json")
 
 
 def test_plan_shows_the_footprint_of_boxes_whose_axes_stand_in_any_order(tmp_path):
@@ -1252,8 +1262,10 @@ def test_plan_shows_the_footprint_of_boxes_whose_axes_stand_in_any_order(tmp_pat
     chair = content["scene0001_00"]["object_bbox"]["chair"][0]
     c, s = math.cos(0.4), math.sin(0.4)
     chair |= {"axesLengths": [0.8, 1, 0.5], "normalizedAxes": [0, 0, 1, c, s, 0, -s, c, 0]}  # the first axis points up
-    room = world.read_meta(write_json(tmp_path / "meta.json", content))["scene0001_00"]
-    page = world.plan_svg(room, {}, [])
+    room = stage0_data.read_meta(write_json(tmp_path / "meta.json", content))["scene0001_00"]
+    row = {"question_type": "x", "data_type": "video", "image": ["a.mp4"], "asked": [], "question": "", "options": None,
+           "answer": "", "thought": ""}  # fmt: skip
+    page = report.gallery_page([stage0_data.gallery_entry(row, room)])
     side = (np.array(re.findall(r'viewBox="0 0 (\d+) (\d+)"', page)[0], float)).max()
     ring = np.array([pair.split(",") for pair in re.findall(r'points="([^"]+)"', page)[0].split()], float)
     x, y = ring.T
@@ -1267,7 +1279,7 @@ def boxes():
     """(facts as in the file, rooms as read) of real scenes' boxes."""
     if not META.is_file():
         pytest.skip("no meta information here")
-    return json.loads(META.read_text()), world.read_meta(META)
+    return json.loads(META.read_text()), stage0_data.read_meta(META)
 
 
 def nearest_points(a, b, steps=3000):
@@ -1294,15 +1306,16 @@ def test_every_type_without_pictures_is_asked(boxes):
         kinds += Counter(row["question_type"] for row in rows)
         for row in rows:
             assert derived(row, split_thought(row["thought"])[1]) == chosen(row)
-    assert set(kinds) == set(world.ASKED["video"]) - {"appearance order"}
+    assert set(kinds) == set(TYPES["video"]) - {"appearance order"}
 
 
 def test_counts_sizes_and_rooms_are_the_files(boxes):
     facts, rooms = boxes
     seen = Counter()
     for name, room in rooms.items():
-        view = world.View(room, "video", [], [], [], random.Random(0))
-        rows = {kind: list(world.ask(view, kind, Counter())) for kind in ("object count", "object size", "room size")}
+        view = stage0_data.View(room, "video", [], [], [], random.Random(0))
+        kinds = ("object count", "object size", "room size")
+        rows = {kind: list(stage0_data.rows_of_type(view, kind, Counter())) for kind in kinds}
         some = facts[name]
         (row,) = rows["room size"]
         assert abs(float(row["answer"]) - some["room_size"]) <= 0.0501 and re.fullmatch(r"\d+\.\d", row["answer"])
@@ -1325,8 +1338,8 @@ def test_box_distances_hold_another_way(boxes):
     facts, rooms = boxes
     compared = 0
     for name in list(rooms)[:24]:
-        view = world.View(rooms[name], "video", [], [], [], random.Random(0))
-        for row in world.ask(view, "absolute distance", Counter()):
+        view = stage0_data.View(rooms[name], "video", [], [], [], random.Random(0))
+        for row in stage0_data.rows_of_type(view, "absolute distance", Counter()):
             a, b = (facts[name]["object_bbox"][label][0] for label in asked_of(row))
             span = nearest_points(a, b)
             assert abs(view.distance(*row["objects"]) - span) < 1e-4
@@ -1337,10 +1350,10 @@ def test_box_distances_hold_another_way(boxes):
 
 def test_boxes_that_meet_are_no_distance_apart():
     def thing(centre, sides, angle):
-        return world.Object(1, "x", None, np.array(centre, float), alignment(angle, 0)[:3, :3].T, np.array(sides, float))
+        return stage0_data.Object(1, "x", None, np.array(centre, float), alignment(angle, 0)[:3, :3].T, np.array(sides, float))
 
-    assert world.closest_distance(thing((0, 0, 0), (1, 1, 1), 0.3), thing((0.6, 0, 0), (1, 1, 1), 0)) < 1e-6
-    edge_on = world.closest_distance(thing((0, 0, 0), (1, 1, 1), 0), thing((3, 0, 0), (1, 1, 1), math.pi / 4))
+    assert stage0_data.closest_distance(thing((0, 0, 0), (1, 1, 1), 0.3), thing((0.6, 0, 0), (1, 1, 1), 0)) < 1e-6
+    edge_on = stage0_data.closest_distance(thing((0, 0, 0), (1, 1, 1), 0), thing((3, 0, 0), (1, 1, 1), math.pi / 4))
     assert abs(edge_on - (2.5 - 0.5**0.5)) < 1e-6
 
 
@@ -1348,8 +1361,8 @@ def test_directions_between_real_boxes(boxes):
     facts, rooms = boxes
     seen = 0
     for name in list(rooms)[:24]:
-        view = world.View(rooms[name], "video", [], [], [], random.Random(0))
-        for row in world.ask(view, "relative direction", Counter()):
+        view = stage0_data.View(rooms[name], "video", [], [], [], random.Random(0))
+        for row in stage0_data.rows_of_type(view, "relative direction", Counter()):
             place, facing, asked = (facts[name]["object_bbox"][label] for label in asked_of(row)[:3])
             assert len(place) == len(facing) == len(asked) == 1
             p, o, q = (complex(*some[0]["centroid"][:2]) for some in (place, facing, asked))
@@ -1365,4 +1378,4 @@ def test_directions_between_real_boxes(boxes):
 
 
 def test_benchmark_scenes_count_as_validation(boxes):
-    assert all(int(name[5:9]) in world.VALIDATION for name in boxes[1])
+    assert all(int(name[5:9]) in stage0_data.VALIDATION for name in boxes[1])

@@ -9,6 +9,7 @@ import pytest
 
 import common
 from common import Example
+from support import benchmarks
 
 SIDES = ["A. left", "B. right", "C. front", "D. back"]
 PAIR = ["A. trash bin", "B. office chair"]
@@ -347,7 +348,7 @@ def test_constant_guess_of_numbers_is_the_training_answer_with_the_highest_relat
     test = [example("object size", size) for size in ("100", "80", "1000", "100")]
     # 100 scores 1, 1, 0, .9+ on the training answers, more than 10 (1 of 4) and 105 (.9, .9, 0, 1) do.
     # On the test: 1; |100 - 80| / 80 = .25 is met by .50 ... .75, so .6; 0; 1.
-    assert common.constant_guess(train, test) == {"object size": pytest.approx((1 + 0.6 + 0 + 1) / 4)}
+    assert benchmarks.constant_guess(train, test) == {"object size": pytest.approx((1 + 0.6 + 0 + 1) / 4)}
 
 
 def test_constant_guess_of_choices_is_the_most_frequent_training_answer():
@@ -355,7 +356,7 @@ def test_constant_guess_of_choices_is_the_most_frequent_training_answer():
     test = [example("relative distance", letter, PAIR) for letter in "ABBB"]
     train += [example("relative direction", letter, SIDES) for letter in "CCA"]
     test += [example("relative direction", letter, SIDES) for letter in "CABD"]
-    assert common.constant_guess(train, test) == {"relative distance": 0.75, "relative direction": 0.25}
+    assert benchmarks.constant_guess(train, test) == {"relative distance": 0.75, "relative direction": 0.25}
 
 
 def test_constant_guess_tells_directions_with_other_words_apart():
@@ -363,7 +364,7 @@ def test_constant_guess_tells_directions_with_other_words_apart():
     train = [example("relative direction", letter, SIDES) for letter in "AAB"]
     train += [example("relative direction", letter, corners) for letter in "DDDC"]
     test = [example("relative direction", "A", SIDES), example("relative direction", "D", corners)]
-    assert common.constant_guess(train, test) == {"relative direction": 1.0}
+    assert benchmarks.constant_guess(train, test) == {"relative direction": 1.0}
 
 
 def test_constant_guess_is_of_words_whatever_their_letter():
@@ -372,11 +373,11 @@ def test_constant_guess_is_of_words_whatever_their_letter():
     train = [example("relative direction", "A", SIDES), example("relative direction", "B", mirrored)]
     train += [example("relative direction", "B", mirrored), example("relative direction", "B", SIDES)]
     test = [example("relative direction", "A", SIDES), example("relative direction", "B", mirrored)]
-    assert common.constant_guess(train, test) == {"relative direction": 1.0}
+    assert benchmarks.constant_guess(train, test) == {"relative direction": 1.0}
 
 
 def test_skill_is_the_share_of_the_way_from_the_guess_to_perfect():
     guess = {"relative direction": 0.25, "object size": 0.6}
-    assert common.skill({"relative direction": 0.25, "object size": 0.6}, guess) == 0
-    assert common.skill({"relative direction": 1.0, "object size": 1.0}, guess) == 1
-    assert common.skill({"relative direction": 0.55, "object size": 0.5}, guess) == pytest.approx((0.4 - 0.25) / 2)
+    assert benchmarks.skill({"relative direction": 0.25, "object size": 0.6}, guess) == 0
+    assert benchmarks.skill({"relative direction": 1.0, "object size": 1.0}, guess) == 1
+    assert benchmarks.skill({"relative direction": 0.55, "object size": 0.5}, guess) == pytest.approx((0.4 - 0.25) / 2)

@@ -25,6 +25,7 @@ import stage0_data
 import stage1_localize
 import stage2_understand
 import stage3_grpo
+from support import benchmarks, runs
 
 ROOT = Path(common.__file__).parent
 SCRIPTS = {
@@ -35,13 +36,13 @@ SCRIPTS = {
     "eval": evaluation.EvalSettings,
 }
 ONE = ("--processes", "1")
-TRAIN = (*ONE, "--scenes", "4", "--branches", "2", "--eval_scenes", "1", "--eval_every", "2")
+TRAIN = (*ONE, "--train_batch", "4", "--branches", "2", "--eval_scenes", "1", "--eval_every", "2")
 TINY = {  # flags of a small toy ladder
     "stage0_data": (*ONE, "--rooms", "12", "--heldout_rooms", "6", "--traces", "16", "--base_steps", "4"),
     "stage1_localize": (*TRAIN, "--optimizer", "adamw", "--lr", "3e-4", "--warmup", "0", "--max_steps", "4"),
     "stage2_understand": (*TRAIN, "--max_steps", "4"),
     # Here max_steps bounds the cold start, which ends before it at the share of well-formed answers asked for.
-    "stage3_grpo": (*TRAIN, "--prompts", "6", "--group", "4", "--max_new_tokens", "16", "--steps", "4", "--mu", "1",
+    "stage3_grpo": (*TRAIN, "--train_batch", "6", "--group_size", "4", "--max_new_tokens", "16", "--steps", "4", "--mu", "1",
                     "--beta", "0.1", "--cold_steps", "150", "--cold_format", "0.3", "--cold_mix", "0", "--max_steps", "150"),
 }  # fmt: skip
 STAGES = {"stage1_localize": "stage1", "stage2_understand": "stage2", "stage3_grpo": "stage3"}
@@ -136,10 +137,10 @@ def check_model(folder):
 
 def check_run(folder, adapter):
     """What every training stage leaves behind."""
-    for name in ("config.json", "metrics.jsonl", "samples.jsonl", "checkpoint/state.json"):
+    for name in ("config.json", "metrics.jsonl", "samples.jsonl", "checkpoint.pt"):
         assert (folder / name).stat().st_size > 0
     assert (folder / "adapter" / "adapter_config.json").is_file() == adapter
-    assert not list(folder.glob("checkpoint.*"))  # what a save leaves while it is under way
+    assert not list(folder.glob("*.new"))  # what a save leaves while it is under way
     check_picture(folder / "curves.png")
     check_model(folder / "model")
     json.loads((folder / "config.json").read_text())
@@ -176,7 +177,7 @@ def test_the_first_settings_are_the_same_in_every_script(script, helps):
 
 def test_an_unknown_preset_is_named_with_those_there_are(capsys):
     with pytest.raises(SystemExit) as error:
-        common.parse_settings(SCRIPTS["stage1_localize"], stage1_localize.PRESETS, "stage1", argv=["--preset", "70b"])
+        runs.parse_settings(SCRIPTS["stage1_localize"], stage1_localize.PRESETS, "stage1", argv=["--preset", "70b"])
     words = capsys.readouterr().err
     assert error.value.code != 0 and "70b" in words and "toy" in words and "3b" in words
 
@@ -189,7 +190,7 @@ def test_preset_3b_is_lora_in_bf16_and_a_flag_beats_it(module, before):
     stage = STAGES[name]
 
     def parse(*argv):
-        return common.parse_settings(SCRIPTS[name], module.PRESETS, stage, before, ["--preset", "3b", *argv])
+        return runs.parse_settings(SCRIPTS[name], module.PRESETS, stage, before, ["--preset", "3b", *argv])
 
     plain = parse()
     assert (plain.load, plain.tune, plain.checkpointing, plain.keep_features) == ("bf16", "lora", True, False)
@@ -203,7 +204,7 @@ MISTAKES = {  # what is wrong: script and flags, words of the message
     "an unknown flag": (("stage2_understand", "--stepz", "3"), ["--stepz"]),
     "no data": (("stage1_localize", *ONE, "--data", "nowhere"), ["nowhere", "missing"]),
     "no model": (("stage2_understand", *ONE, "--model", "runs/none"), ["runs/none", "no model"]),
-    "no siblings": (("stage3_grpo", *TINY["stage3_grpo"], "--group", "1"), ["--group 1"]),
+    "no siblings": (("stage3_grpo", *TINY["stage3_grpo"], "--group_size", "1"), ["--group_size 1"]),
     "no reference": (("stage3_grpo", *TINY["stage3_grpo"], "--tune", "full"), ["--tune full", "--beta"]),
     "another setting": (("stage1_localize", *TINY["stage1_localize"], "--clip", "0.123"), ["--clip", "0.123"]),
 }
@@ -285,14 +286,14 @@ def test_the_cold_start_ends_where_its_measured_format_is_good_enough(ladder):
 
 
 def test_stage_3_logs_what_grpo_must_be_watched_by(ladder):
-    wanted = {"reward", "format", "accuracy", "reward_std", "dead_groups", "length", "cut", "kl", "clip", "entropy",
+    wanted = {"reward", "format", "accuracy", "reward_std", "dead_groups", "completion_tokens", "cut", "kl", "clip", "entropy",
               "grad_norm", "rollout_seconds", "update_seconds"}  # fmt: skip
     rows = metrics(ladder / "runs" / "toy" / "stage3")
     assert all(wanted <= set(row) for row in rows)
     assert rows[0]["kl"] == 0.0 and rows[-1]["kl"] > 0  # the first update is at the starting policy itself
     assert all(row["clip"] == 0 for row in rows)  # one update a rollout: the ratio is 1
     assert any(row["dead_groups"] < 1 and row["grad_norm"] > 0 for row in rows)
-    assert all(0 < row["length"] <= 16 and 0 <= row["dead_groups"] <= 1 for row in rows)
+    assert all(0 < row["completion_tokens"] <= 16 and 0 <= row["dead_groups"] <= 1 for row in rows)
 
 
 def test_eval_writes_every_number_asked_for(evaluated):
@@ -331,7 +332,7 @@ def test_scores_are_json_that_every_reader_takes(evaluated):
 
 def test_a_type_that_the_constant_guess_solves_does_not_break_the_skill():
     # Few questions of a type may all have the answer that is commonest in training.
-    assert np.isclose(common.skill({"count": 1.0, "size": 0.7}, {"count": 1.0, "size": 0.4}), 0.5)
+    assert np.isclose(benchmarks.skill({"count": 1.0, "size": 0.7}, {"count": 1.0, "size": 0.4}), 0.5)
 
 
 def test_scores_of_eval_are_those_of_its_predictions(evaluated):
@@ -356,7 +357,7 @@ def test_four_steps_equal_two_and_a_resume_and_two(script, ladder, copied):
     straight, resumed = (part / "runs" / "toy" / stage for part in (ladder, folder))
     two = weights(resumed)
     assert [row["step"] for row in metrics(resumed)] == [1, 2]
-    assert "going on from step 2" in succeed(folder, script, *flags).stderr
+    assert "resuming from step 2" in succeed(folder, script, *flags).stderr
     wanted, found = weights(straight), weights(resumed)
     assert set(wanted) == set(found) and all(torch.equal(wanted[name], found[name]) for name in wanted)
     assert any(not torch.equal(two[name], found[name]) for name in two)
@@ -381,11 +382,11 @@ def test_a_training_that_is_asked_to_stop_finishes_its_step_and_goes_on_later(nu
         time.sleep(0.05)
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on" in said and "Traceback" not in said
-    step = json.loads((log.parent / "checkpoint" / "state.json").read_text())["step"]
+    assert process.returncode == 130 and "rerun the same command to resume" in said and "Traceback" not in said
+    step = torch.load(log.parent / "checkpoint.pt", weights_only=True)["step"]
     assert 2 <= step < 700 and [row["step"] for row in metrics(log.parent)] == list(range(1, step + 1))
     assert not (log.parent / "model").exists()
-    assert f"going on from step {step}" in succeed(folder, "stage1_localize", *flags, "--max_steps", step + 1).stderr
+    assert f"resuming from step {step}" in succeed(folder, "stage1_localize", *flags, "--max_steps", step + 1).stderr
     assert [row["step"] for row in metrics(log.parent)] == list(range(1, step + 2))
 
 
@@ -393,11 +394,11 @@ def test_two_processes_make_the_same_update_as_one(ladder, copied):
     folder = copied("stage1")
     succeed(folder, "stage1_localize", *TINY["stage1_localize"], "--processes", "2")
     before = weights(ladder / "runs" / "toy" / "base")
-    runs = [part / "runs" / "toy" / "stage1" for part in (ladder, folder)]
-    one, two = (weights(run) for run in runs)
+    stages = [part / "runs" / "toy" / "stage1" for part in (ladder, folder)]
+    one, two = (weights(stage) for stage in stages)
     assert max((one[name] - before[name]).abs().max().item() for name in one) > 1e-3
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
-    for first, second in zip(*map(metrics, runs)):
+    for first, second in zip(*map(metrics, stages)):
         assert first["step"] == second["step"] and first["tokens"] == second["tokens"]
         assert np.isclose(first["loss"], second["loss"], rtol=1e-5)
         assert np.isclose(first["grad_norm"], second["grad_norm"], rtol=1e-4)
@@ -410,11 +411,11 @@ def test_two_processes_make_the_same_update_as_one(ladder, copied):
 def released(tmp_path_factory, tiny_model, ladder_data):
     """The folder in which stages 1 to 3 have run on the released schema with the 3b preset and a tiny model."""
     folder = tmp_path_factory.mktemp("released")
-    flags = ("--preset", "3b", "--data", ladder_data, *ONE, "--load", "fp32", "--scenes", "2", "--branches", "3",
+    flags = ("--preset", "3b", "--data", ladder_data, *ONE, "--load", "fp32", "--train_batch", "2", "--branches", "3",
              "--min_pixels", 56 * 56, "--max_pixels", 84 * 84, "--eval_scenes", "2", "--max_steps", "2")  # fmt: skip
     succeed(folder, "stage1_localize", *flags, "--model", tiny_model)
     succeed(folder, "stage2_understand", *flags)
-    succeed(folder, "stage3_grpo", *flags, "--prompts", "2", "--group", "2", "--max_new_tokens", "16")
+    succeed(folder, "stage3_grpo", *flags, "--train_batch", "2", "--group_size", "2", "--max_new_tokens", "16")
     return folder / "runs" / "3b"
 
 
@@ -441,14 +442,14 @@ def test_qlora_goes_the_whole_way(tiny_model, ladder_data, tmp_path, monkeypatch
     """Stages 1 to 3 with 4-bit weights: every stage learns, after rollouts too, and merges into plain bf16 weights; eval reads."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
-    monkeypatch.setattr(stage3_grpo, "rewards", lambda texts, *_: (np.zeros(len(texts)), rng.random(len(texts))))
-    flags = ["--preset", "3b", "--data", str(ladder_data), *ONE, "--load", "4bit", "--scenes", "2", "--branches", "3",
+    monkeypatch.setattr(stage3_grpo, "rewards", lambda texts, *_: {"accuracy": rng.random(len(texts))})
+    flags = ["--preset", "3b", "--data", str(ladder_data), *ONE, "--load", "4bit", "--train_batch", "2", "--branches", "3",
              "--min_pixels", str(56 * 56), "--max_pixels", str(84 * 84), "--eval_scenes", "2", "--max_steps", "2",
              "--keep_features", "true"]  # fmt: skip
     for module, more in (
         (stage1_localize, ["--model", str(tiny_model)]),
         (stage2_understand, []),
-        (stage3_grpo, ["--prompts", "2", "--group", "2", "--max_new_tokens", "8"]),
+        (stage3_grpo, ["--train_batch", "2", "--group_size", "2", "--max_new_tokens", "8"]),
     ):
         monkeypatch.setattr(sys, "argv", [module.__name__, *flags, *more])
         module.main()

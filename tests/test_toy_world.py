@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from plyfile import PlyData
 
-import stage0_data as world
+import stage0_data
+from support import toy_world
 
 STEP = 0.002  # metres of depth between two samples of a marched ray
 
@@ -19,14 +20,14 @@ def solid(shape, size, x, y, yaw=0.0, colour="red"):
 
 
 def room_of(*solids, yaws=(0.0,)):
-    return {"solids": list(solids), "cameras": [world.toy_camera(yaw) for yaw in yaws], "floor": [150, 150, 150]}
+    return {"solids": list(solids), "cameras": [toy_world.toy_camera(yaw) for yaw in yaws], "floor": [150, 150, 150]}
 
 
 def written(room, folder, seed=0):
     """The room after its way through the disk: write_room, then read_scannet."""
-    world.write_labels(folder / "labels.tsv")
-    world.write_room(room, folder / "scene0000_00", random.Random(seed))
-    return world.read_scannet(folder / "scene0000_00", world.read_labels(folder / "labels.tsv"))
+    toy_world.write_labels(folder / "labels.tsv")
+    toy_world.write_room(room, folder / "scene0000_00", random.Random(seed))
+    return stage0_data.read_scannet(folder / "scene0000_00", stage0_data.read_labels(folder / "labels.tsv"))
 
 
 def inside(thing, points, grow=0.0):
@@ -44,14 +45,14 @@ def inside(thing, points, grow=0.0):
 
 def marched(room, camera, column, row, grow=0.0):
     """(instance, depth) at a pixel: the first sample of its ray that lies in a solid or beyond the room."""
-    x, y = (column - (world.SIDE - 1) / 2) / world.FOCAL, (row - (world.SIDE - 1) / 2) / world.FOCAL
+    x, y = (column - (toy_world.SIDE - 1) / 2) / toy_world.FOCAL, (row - (toy_world.SIDE - 1) / 2) / toy_world.FOCAL
     ray = x * camera[:3, 0] + y * camera[:3, 1] + camera[:3, 2]
     depth = np.arange(0, 14, STEP)
     points = camera[:3, 3] + depth[:, None] * ray
     # It leaves through the floor or a wall seen from inside; a wall it starts behind, and moves away from, is not met.
     side = np.sign(ray[:2])
-    ahead = side * camera[:2, 3] < world.ROOM / 2
-    left = (points[:, 2] < 0) | ((side * points[:, :2] > world.ROOM / 2) & ahead).any(1)
+    ahead = side * camera[:2, 3] < toy_world.ROOM / 2
+    left = (points[:, 2] < 0) | ((side * points[:, :2] > toy_world.ROOM / 2) & ahead).any(1)
     first, instance = int(left.argmax()), 0
     for number, thing in enumerate(room["solids"], 1):
         within = inside(thing, points, grow)
@@ -64,12 +65,12 @@ def test_masks_and_depths_equal_those_of_rays_marched_in_small_steps():
     kept = asked = 0
     for seed in range(25):
         rng = random.Random(seed)
-        room = world.make_room(rng)
+        room = toy_world.make_room(rng)
         camera = rng.choice(room["cameras"])
-        _, depth, instance = world.render(room, camera)
+        _, depth, instance = toy_world.render(room, camera)
         # Half of the pixels where the solids are, so that the floor does not win by numbers.
         on = [tuple(place) for place in np.argwhere(instance)]
-        anywhere = [(rng.randrange(world.SIDE), rng.randrange(world.SIDE)) for _ in range(12)]
+        anywhere = [(rng.randrange(toy_world.SIDE), rng.randrange(toy_world.SIDE)) for _ in range(12)]
         for row, column in rng.sample(on, 12) + anywhere:
             asked += 1
             found, there = marched(room, camera, column, row)
@@ -82,10 +83,10 @@ def test_masks_and_depths_equal_those_of_rays_marched_in_small_steps():
     assert kept >= 0.95 * asked
 
 
-@pytest.mark.parametrize("shape", world.SHAPES)
+@pytest.mark.parametrize("shape", toy_world.SHAPES)
 def test_each_shape_alone_has_the_marched_mask_along_its_outline(shape):
     room = room_of(solid(shape, 1.1, 0.4, -0.3, 0.5), yaws=(0.2,))
-    _, _, instance = world.render(room, room["cameras"][0])
+    _, _, instance = toy_world.render(room, room["cameras"][0])
     mask = instance == 1
     edge = mask ^ np.roll(mask, 1, axis=1)  # where the outline crosses a row
     places = np.argwhere(edge)
@@ -97,79 +98,79 @@ def test_each_shape_alone_has_the_marched_mask_along_its_outline(shape):
 
 def test_every_depth_is_positive_and_not_beyond_the_room():
     for seed in range(6):
-        room = world.make_room(random.Random(seed))
+        room = toy_world.make_room(random.Random(seed))
         for camera in room["cameras"]:
-            depth = world.render(room, camera)[1]
+            depth = toy_world.render(room, camera)[1]
             assert depth.min() > 0 and depth.max() < 14
 
 
 def test_depth_of_the_floor_by_hand():
     room = room_of()
-    _, depth, instance = world.render(room, room["cameras"][0])
+    _, depth, instance = toy_world.render(room, room["cameras"][0])
     for row in (40, 70, 100):
-        down = (row - (world.SIDE - 1) / 2) / world.FOCAL
-        drop = math.sin(world.PITCH) + math.cos(world.PITCH) * down  # metres down for a metre of depth
-        assert np.allclose(depth[row, 30:80], world.CAMERA_HEIGHT / drop)
+        down = (row - (toy_world.SIDE - 1) / 2) / toy_world.FOCAL
+        drop = math.sin(toy_world.PITCH) + math.cos(toy_world.PITCH) * down  # metres down for a metre of depth
+        assert np.allclose(depth[row, 30:80], toy_world.CAMERA_HEIGHT / drop)
     assert not instance.any()
 
 
 def test_what_is_nearer_hides_what_is_farther():
     near, far = solid("cube", 1.0, 0, -0.6), solid("cube", 1.0, 0, 0.5, colour="blue")
-    camera = world.toy_camera(0.0)
-    masks = [world.render(room_of(*order), camera)[2] for order in ((near, far), (far, near))]
-    alone = [world.render(room_of(thing), camera)[2] == 1 for thing in (near, far)]
+    camera = toy_world.toy_camera(0.0)
+    masks = [toy_world.render(room_of(*order), camera)[2] for order in ((near, far), (far, near))]
+    alone = [toy_world.render(room_of(thing), camera)[2] == 1 for thing in (near, far)]
     both = alone[0] & alone[1]
     assert both.any()
     assert (masks[0][both] == 1).all() and (masks[1][both] == 2).all()
 
 
 def test_camera_stands_behind_the_middle_and_looks_down_at_the_pitch():
-    pose = world.toy_camera(0.0)
+    pose = toy_world.toy_camera(0.0)
     assert np.allclose(pose[:3, :3].T @ pose[:3, :3], np.eye(3)) and np.isclose(np.linalg.det(pose[:3, :3]), 1)
-    assert np.allclose(pose[:3, 3], [0, -world.CAMERA_BACK, world.CAMERA_HEIGHT])
+    assert np.allclose(pose[:3, 3], [0, -toy_world.CAMERA_BACK, toy_world.CAMERA_HEIGHT])
     assert np.allclose(pose[:3, 0], [1, 0, 0])
-    assert np.allclose(pose[:3, 2], [0, math.cos(world.PITCH), -math.sin(world.PITCH)])
+    assert np.allclose(pose[:3, 2], [0, math.cos(toy_world.PITCH), -math.sin(toy_world.PITCH)])
     assert pose[2, 1] < 0  # the picture's y axis points down
-    quarter = world.toy_camera(math.pi / 2)  # from the side of +x, looking along -x
-    assert np.allclose(quarter[:2, 3], [world.CAMERA_BACK, 0]) and quarter[0, 2] < 0
+    quarter = toy_world.toy_camera(math.pi / 2)  # from the side of +x, looking along -x
+    assert np.allclose(quarter[:2, 3], [toy_world.CAMERA_BACK, 0]) and quarter[0, 2] < 0
 
 
 def test_project_equals_a_pixel_computed_by_hand():
     intrinsics = np.array([[100.0, 0, 50], [0, 80.0, 40], [0, 0, 1]])
-    u, v, z = world.project(np.array([[0.2, -0.1, 2.0]]), np.eye(4), intrinsics)
+    u, v, z = stage0_data.project(np.array([[0.2, -0.1, 2.0]]), np.eye(4), intrinsics)
     assert np.allclose([u[0], v[0], z[0]], [60, 36, 2])
     # A level camera at (1, 2, 3) that looks along +x: its right is -y, its down -z.
     pose = np.eye(4)
     pose[:3, :3] = np.array([[0, -1, 0], [0, 0, -1], [1, 0, 0]]).T
     pose[:3, 3] = [1, 2, 3]
-    u, v, z = world.project(np.array([[5.0, 2, 3], [5, 1, 3], [5, 2, 2]]), pose, intrinsics)
+    u, v, z = stage0_data.project(np.array([[5.0, 2, 3], [5, 1, 3], [5, 2, 2]]), pose, intrinsics)
     assert np.allclose(u, [50, 75, 50]) and np.allclose(v, [40, 40, 60]) and np.allclose(z, 4)
 
 
 def test_a_point_behind_the_camera_has_no_pixel_and_no_box(tmp_path):
-    u, v, z = world.project(np.array([[0.5, 0.5, -2.0]]), np.eye(4), world.toy_intrinsics())
+    u, v, z = stage0_data.project(np.array([[0.5, 0.5, -2.0]]), np.eye(4), toy_world.toy_intrinsics())
     assert z[0] == -2 and np.isfinite([u[0], v[0]]).all()
     room = written(room_of(solid("ball", 0.8, 0, 0)), tmp_path)
     frame = room.frames[0]
-    assert set(world.look(room, frame)[0]) == {2}
+    assert set(stage0_data.visible_boxes(room, frame)[0]) == {2}
     behind = frame.pose[:3, 3] - 3 * frame.pose[:3, 2]
     room.objects[0].points = room.objects[0].points - room.objects[0].points.mean(0) + behind
-    assert world.look(room, frame)[0] == {}
+    assert stage0_data.visible_boxes(room, frame)[0] == {}
 
 
 def test_boxes_of_unhidden_solids_are_the_bounds_of_their_masks(tmp_path):
-    world.write_labels(tmp_path / "labels.tsv")
-    labels, gaps = world.read_labels(tmp_path / "labels.tsv"), []
+    toy_world.write_labels(tmp_path / "labels.tsv")
+    labels, gaps = stage0_data.read_labels(tmp_path / "labels.tsv"), []
     for seed in range(30):
         rng = random.Random(f"boxes {seed}")
-        room = world.make_room(rng)
+        room = toy_world.make_room(rng)
         folder = tmp_path / f"scene{seed:04d}_00"
-        world.write_room(room, folder, rng)
-        read = world.read_scannet(folder, labels)
+        toy_world.write_room(room, folder, rng)
+        read = stage0_data.read_scannet(folder, labels)
         for camera, frame in zip(room["cameras"], read.frames):
-            boxes, instance = world.look(read, frame)[0], world.render(room, camera)[2]
+            boxes, instance = stage0_data.visible_boxes(read, frame)[0], toy_world.render(room, camera)[2]
             for number, thing in enumerate(room["solids"], 1):
-                alone = world.render(room | {"solids": [thing]}, camera)[2] == 1
+                alone = toy_world.render(room | {"solids": [thing]}, camera)[2] == 1
                 if (alone == (instance == number)).all():
                     rows, columns = np.nonzero(alone)
                     bounds = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
@@ -181,11 +182,11 @@ def test_boxes_of_unhidden_solids_are_the_bounds_of_their_masks(tmp_path):
 
 def test_a_hidden_solid_is_not_visible_but_is_from_the_other_side(tmp_path):
     room = room_of(solid("cube", 1.6, 0, -0.4), solid("ball", 0.3, 0, 0.62, colour="blue"), yaws=(0.0, math.pi))
-    hidden, shown = (world.render(room, camera)[2] == 2 for camera in room["cameras"])
+    hidden, shown = (toy_world.render(room, camera)[2] == 2 for camera in room["cameras"])
     assert not hidden.any() and shown.any()  # the two premises of this test
     read = written(room, tmp_path)
     assert [thing.label for thing in read.objects] == ["red cube", "blue ball"]
-    assert [set(world.look(read, frame)[0]) for frame in read.frames] == [{2}, {2, 3}]
+    assert [set(stage0_data.visible_boxes(read, frame)[0]) for frame in read.frames] == [{2}, {2, 3}]
 
 
 def test_the_box_of_a_half_hidden_solid_stops_at_what_hides_it(tmp_path):
@@ -194,21 +195,21 @@ def test_the_box_of_a_half_hidden_solid_stops_at_what_hides_it(tmp_path):
     for folder in (both, alone):
         folder.mkdir()
     read, free = written(room_of(front, back), both), written(room_of(back), alone)
-    mask = world.render(room_of(front, back), world.toy_camera(0.0))[2] == 2
-    whole = world.render(room_of(back), world.toy_camera(0.0))[2] == 1
+    mask = toy_world.render(room_of(front, back), toy_world.toy_camera(0.0))[2] == 2
+    whole = toy_world.render(room_of(back), toy_world.toy_camera(0.0))[2] == 1
     assert 0.3 < mask.sum() / whole.sum() < 0.95
-    cut, full = world.look(read, read.frames[0])[0][3], world.look(free, free.frames[0])[0][2]
+    cut, full = stage0_data.visible_boxes(read, read.frames[0])[0][3], stage0_data.visible_boxes(free, free.frames[0])[0][2]
     assert cut[3] < full[3] and cut[:3] == full[:3]  # its foot is hidden, its top and sides are not
 
 
 def test_reading_gives_back_the_aligned_world(tmp_path):
-    room = world.make_room(random.Random(5))
+    room = toy_world.make_room(random.Random(5))
     read = written(room, tmp_path)
     mesh = PlyData.read(tmp_path / "scene0000_00" / "scene0000_00_vh_clean_2.ply")["vertex"]
     raw, start = np.stack([mesh["x"], mesh["y"], mesh["z"]], 1), 121  # the floor's vertices come first
     assert len(read.objects) == len(room["solids"])
     for thing, made in zip(read.objects, room["solids"]):
-        wanted = world.solid_points(made)
+        wanted = toy_world.solid_points(made)
         assert thing.label == f"{made['colour']} {made['shape']}"
         assert np.abs(thing.points - wanted).max() < 1e-3
         # The file itself holds another, turned and moved, world: otherwise this test would show nothing.
@@ -221,9 +222,9 @@ def test_reading_gives_back_the_aligned_world(tmp_path):
 
 def test_vertices_lie_on_their_solid_and_reach_its_outline():
     rng = random.Random(1)
-    for shape in world.SHAPES:
+    for shape in toy_world.SHAPES:
         thing = solid(shape, 1.3, rng.uniform(-1, 1), rng.uniform(-1, 1), 0.4)
-        points = world.solid_points(thing)
+        points = toy_world.solid_points(thing)
         assert inside(thing, points, 1e-6).all() and not inside(thing, points, -1e-6).any()
         assert np.isclose(points[:, 2].min(), 0) and np.isclose(points[:, 2].max(), 1.3)
 
@@ -237,7 +238,7 @@ def test_frames_without_a_finite_pose_and_structural_labels_are_skipped(tmp_path
     groups = json.loads((folder / "scene0000_00.aggregation.json").read_text())
     groups["segGroups"].append({"objectId": 7, "segments": [1], "label": "no such label"})
     (folder / "scene0000_00.aggregation.json").write_text(json.dumps(groups))
-    read = world.read_scannet(folder, world.read_labels(tmp_path / "labels.tsv"))
+    read = stage0_data.read_scannet(folder, stage0_data.read_labels(tmp_path / "labels.tsv"))
     assert [frame.number for frame in read.frames] == [0]
     assert [thing.label for thing in read.objects] == ["red cube"]
 
@@ -247,7 +248,7 @@ def test_a_missing_scan_file_is_named(tmp_path):
     folder = tmp_path / "scene0000_00"
     (folder / "scene0000_00.aggregation.json").unlink()
     with pytest.raises(SystemExit, match="aggregation.json is missing"):
-        world.read_scannet(folder, world.read_labels(tmp_path / "labels.tsv"))
+        stage0_data.read_scannet(folder, stage0_data.read_labels(tmp_path / "labels.tsv"))
 
 
 def test_depth_pictures_hold_millimetres(tmp_path):
@@ -255,7 +256,7 @@ def test_depth_pictures_hold_millimetres(tmp_path):
     written(room, tmp_path)
     stored = np.asarray(Image.open(tmp_path / "scene0000_00" / "depth" / "0.png"))
     assert stored.dtype == np.uint16
-    assert np.abs(stored / 1000 - world.render(room, room["cameras"][0])[1]).max() <= 0.00051
+    assert np.abs(stored / 1000 - toy_world.render(room, room["cameras"][0])[1]).max() <= 0.00051
 
 
 def test_sides_of_a_turned_rectangle_are_its_sides():
@@ -265,20 +266,20 @@ def test_sides_of_a_turned_rectangle_are_its_sides():
         corners = np.array([[x, y, z] for x in (-1.0, 1.0) for y in (-0.35, 0.35) for z in (-0.6, 0.6)])
         c, s = math.cos(angle), math.sin(angle)
         turned = np.concatenate([points, corners]) @ np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]]) + [3, -1, 2]
-        sides = world.upright_box(turned)[2]
+        sides = stage0_data.upright_box(turned)[2]
         assert np.allclose(sorted(sides[:2]), [0.7, 2.0]) and np.isclose(sides[2], 1.2)
     line = np.array([[0.0, 0, 0], [0, 1, 0], [0, 3, 2]])  # no area: the hull does not exist
-    assert sorted(world.upright_box(line)[2]) == [0, 2, 3]
+    assert sorted(stage0_data.upright_box(line)[2]) == [0, 2, 3]
 
 
 def test_longest_side_of_every_solid_is_its_size():
-    for shape in world.SHAPES:
+    for shape in toy_world.SHAPES:
         for yaw in (0.0, 0.3, 1.2):
-            assert np.isclose(world.upright_box(world.solid_points(solid(shape, 0.9, 1, 2, yaw)))[2].max(), 0.9)
+            assert np.isclose(stage0_data.upright_box(toy_world.solid_points(solid(shape, 0.9, 1, 2, yaw)))[2].max(), 0.9)
 
 
 def object_of(points):
-    return world.Object(1, "", points, *world.upright_box(points))
+    return stage0_data.Object(1, "", points, *stage0_data.upright_box(points))
 
 
 def test_closest_distance_equals_brute_force():
@@ -287,17 +288,18 @@ def test_closest_distance_equals_brute_force():
         a, b = rng.normal(size=(40, 3)), rng.normal(size=(25, 3)) + rng.uniform(0, 4, 3)
         brute = min(math.dist(p, q) for p in a for q in b)
         pair = object_of(a), object_of(b)
-        assert np.isclose(world.closest_distance(*pair), brute) and np.isclose(world.closest_distance(*pair[::-1]), brute)
+        for order in (pair, pair[::-1]):
+            assert np.isclose(stage0_data.closest_distance(*order), brute)
 
 
 def test_signs_of_camera_offset_by_hand():
     def thing(x, y):
         return object_of(np.array([[x - 0.1, y - 0.1, 0], [x + 0.1, y + 0.1, 1]]))
 
-    ahead = world.toy_camera(0.0)  # looks along +y, right is +x
-    assert np.allclose(world.camera_offset(thing(1, 0), thing(0, 0), ahead), (1, 0))
-    assert np.allclose(world.camera_offset(thing(0, 2), thing(0, 0.5), ahead), (0, 1.5))  # front = farther
-    assert np.allclose(world.camera_offset(thing(0, 0), thing(1, 2), ahead), (-1, -2))
-    side = world.toy_camera(math.pi / 2)  # looks along -x, right is +y
-    assert np.allclose(world.camera_offset(thing(0, 1), thing(0, 0), side), (1, 0))
-    assert np.allclose(world.camera_offset(thing(-1, 0), thing(0, 0), side), (0, 1))
+    ahead = toy_world.toy_camera(0.0)  # looks along +y, right is +x
+    assert np.allclose(stage0_data.camera_offset(thing(1, 0), thing(0, 0), ahead), (1, 0))
+    assert np.allclose(stage0_data.camera_offset(thing(0, 2), thing(0, 0.5), ahead), (0, 1.5))  # front = farther
+    assert np.allclose(stage0_data.camera_offset(thing(0, 0), thing(1, 2), ahead), (-1, -2))
+    side = toy_world.toy_camera(math.pi / 2)  # looks along -x, right is +y
+    assert np.allclose(stage0_data.camera_offset(thing(0, 1), thing(0, 0), side), (1, 0))
+    assert np.allclose(stage0_data.camera_offset(thing(-1, 0), thing(0, 0), side), (0, 1))

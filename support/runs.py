@@ -1,0 +1,898 @@
+"""What keeps a run safe. Nobody has to read this to understand the method.
+
+1 optimizers  AdamW, Muon, the learning-rate schedule
+2 settings    dataclasses of settings, read from the command line
+3 processes   start them, share work, sum over them, stop at signals
+4 files       written whole or not at all
+5 data        training and held-out scenes; answers to many questions
+6 runs        the folder of a run: steps, log, checkpoint
+7 memory      what training needs at its largest, before it starts
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import math
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from accelerate.utils.other import get_free_port
+from safetensors import SafetensorError
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+import common
+from common import print0
+from support.report import draw_curves
+
+# ------------------------------------------------------------------------------------------------
+# 1. Optimizers
+# ------------------------------------------------------------------------------------------------
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon, with the Newton-Schulz iteration in float32. torch's own runs in bfloat16, which CPUs without bfloat16
+    instructions emulate: on an AMD Zen 3 it takes 15 to 30 times as long."""
+
+    @torch.no_grad()
+    def step(self):
+        """One update of every matrix that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    momentum = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+                    momentum.lerp_(parameter.grad, 1 - group["momentum"])
+                    update = orthogonalize(parameter.grad.lerp(momentum, group["momentum"]))  # Nesterov
+                    rows, columns = parameter.shape
+                    parameter.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+
+def orthogonalize(matrix, steps=5):
+    """A matrix with the singular vectors of `matrix` and singular values near 1 (Muon's Newton-Schulz iteration)."""
+    x = matrix.float() / matrix.norm().clamp(min=1e-7)
+    x = x.T if len(x) > len(x.T) else x  # the short side first: smaller products
+    a, b, c = 3.4445, -4.775, 2.0315
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x if x.shape == matrix.shape else x.T).to(matrix.dtype)
+
+
+def adamw(named, settings):
+    """AdamW for all parameters. named: [(name, parameter)]."""
+    return [torch.optim.AdamW([p for _, p in named], lr=settings.lr, weight_decay=0.0)]
+
+
+def muon(named, settings):
+    """Muon for the matrices of the language model's layers, AdamW for the other parameters."""
+    if settings.tune == "lora":
+        raise SystemExit("--optimizer muon is for the full matrices of --tune full; train adapters with adamw.")
+    layers = [(name, p) for name, p in named if p.ndim == 2 and ".layers." in name]
+    others = [(name, p) for name, p in named if not (p.ndim == 2 and ".layers." in name)]
+    return [Muon([p for _, p in layers], lr=settings.muon_lr, weight_decay=0.0), *adamw(others, settings)]
+
+
+OPTIMIZERS = {"adamw": adamw, "muon": muon}  # the choices of --optimizer
+
+
+def make_optimizers(model, settings):
+    """A list of optimizers for the trainable parameters of `model`."""
+    return OPTIMIZERS[settings.optimizer]([(name, p) for name, p in model.named_parameters() if p.requires_grad], settings)
+
+
+def optimizer_step(model, optimizers, settings, step, steps):
+    """Clip the gradients, set the scheduled learning rate, update, clear the gradients. Returns the norm before clipping.
+
+    The rate rises linearly over the first `warmup` share of `steps`, then falls to zero as a cosine. A gradient that is zero
+    everywhere or not finite changes nothing: the momentum of earlier steps must not move weights when nothing was learnt.
+    """
+    norm = float(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], settings.clip))
+    rising = max(1, round(settings.warmup * steps))
+    factor = (step + 1) / rising if step < rising else 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+        if 0 < norm < math.inf:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. Settings
+# ------------------------------------------------------------------------------------------------
+
+
+def setting(default, help, choices=None):
+    """A field of a settings dataclass. `help` is its comment and its line in --help. A number may be 0 only if its default is
+    0 or `help` says what "0:" means."""
+    return field(default=default, metadata={"help": help} | ({"choices": choices} if choices else {}))
+
+
+@dataclass
+class Settings:
+    """What all scripts share. A stage adds its own fields, and preset values for "toy" and "3b"."""
+
+    preset: str = setting("toy", "toy (a tiny model on a toy world, minutes on two CPU cores) or 3b (the paper's model)")
+    model: str = setting("", "folder or hub id to start from; empty: the model of the stage before")
+    data: str = setting("", "folder with the JSONL files and images/; empty: data/<preset>")
+    out: str = setting("", "folder of this run; empty: runs/<preset>/<stage>")
+    seed: int = setting(0, "seed of the data order and of sampling")
+    max_steps: int = setting(0, "stop after this many optimiser steps (0: no limit); the schedule stays as planned")
+    resume: str = setting("auto", "auto: resume this run if it was stopped; never: start again", ("auto", "never"))
+    processes: int = setting(2, "processes that share the work on a CPU; on GPUs use torchrun")
+
+
+@dataclass
+class TrainSettings(Settings):
+    """What the training stages share."""
+
+    resume: str = setting("auto", "auto: resume from this run's checkpoint if there is one; never: start again; or the folder of "
+                                  "a run: start from a copy of its checkpoint")  # fmt: skip
+    load: str = setting("bf16", "weights in memory: fp32, bf16, or 4bit (QLoRA)", common.LOADS)
+    tune: str = setting("lora", "lora: adapters on the language model; full: all its weights", ("lora", "full"))
+    lora_rank: int = setting(16, "rank of the adapters")
+    lora_alpha: int = setting(32, "scale of the adapters: alpha / rank")
+    train_vision: bool = setting(False, "train the vision tower, too (only with --tune full)")
+    checkpointing: bool = setting(False, "recompute activations in the backward pass: slower, far less memory")
+    min_pixels: int = setting(0, "smallest picture in pixels; 0: as in the model folder")
+    max_pixels: int = setting(0, "largest picture in pixels; 0: as in the model folder")
+    keep_features: bool = setting(False, "keep the frozen vision tower's output of each scene in memory (small pictures only)")
+    optimizer: str = setting("adamw", "adamw; or muon for the language model's matrices and AdamW for the rest", tuple(OPTIMIZERS))
+    lr: float = setting(1e-4, "peak learning rate of AdamW (LoRA needs about ten times that of full tuning)")
+    muon_lr: float = setting(0.01, "peak learning rate of Muon")
+    warmup: float = setting(0.1, "share of the steps with a rising learning rate (0: none); then it falls to zero as a cosine")
+    clip: float = setting(1.0, "largest norm of the gradient")
+    steps: int = setting(0, "optimiser steps; 0: one pass over the data")
+    train_batch: int = setting(16, "scenes (stage 3: questions) in an optimiser step, over all processes")
+    branches: int = setting(8, "questions of one scene in a step, at most; they share its pictures")
+    micro_batch: int = setting(1, "scenes in one forward and backward pass; lower needs less memory")
+    eval_batch: int = setting(128, "questions answered at once when scoring; lower needs less memory")
+    eval_every: int = setting(100, "steps between scores on held-out scenes")
+    eval_scenes: int = setting(64, "held-out scenes scored during training; 0: hold none out, train on all")
+    save_every: int = setting(100, "steps between checkpoints")
+    track: str = setting("off", "also log to tensorboard or wandb (must be installed)", ("off", "tensorboard", "wandb"))
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help shows the script's docstring as it is, and every default."""
+
+
+def parse_settings(cls, presets, stage, before="", argv=None):
+    """Settings from the command line: defaults of `cls`, then of the preset, then the flags.
+
+    before: the stage whose model this one starts from. Exits with a message for an unknown flag, preset or choice, and for a
+    number that is negative, not finite, or 0 without a meaning.
+    """
+    parser = HfArgumentParser(cls, description=sys.modules[cls.__module__].__doc__, formatter_class=HelpFormatter)
+    argv = sys.argv[1:] if argv is None else argv
+    preset = next((argv[i + 1] for i, arg in enumerate(argv[:-1]) if arg == "--preset"), "toy")
+    preset = next((arg.split("=", 1)[1] for arg in argv if arg.startswith("--preset=")), preset)
+    if preset not in presets:
+        parser.error(f"--preset {preset} is unknown; choose from {', '.join(presets)}")
+    parser.set_defaults(**presets[preset])
+    if os.environ.get("RANK", "0") != "0":
+        parser._print_message = lambda *args: None  # rank 0 prints what is wrong with the flags
+    settings = cls(**vars(parser.parse_args(argv)))
+    for part in fields(settings):
+        value, zero = getattr(settings, part.name), part.default == 0 or re.search(r"\b0:", part.metadata["help"])
+        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and zero):
+            parser.error(f"--{part.name} {value}: give {'0 or more' if zero else 'more than 0'}")
+    settings.data = settings.data or f"data/{preset}"
+    settings.out = settings.out or f"runs/{preset}/{stage}"
+    if before and not settings.model:
+        settings.model = str(Path(settings.out).parent / before / "model")
+    return settings
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. Processes
+# ------------------------------------------------------------------------------------------------
+# On a CPU two processes of one thread each are faster than one process with two threads: small matrices do not fill two cores.
+
+START = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+stop_flag = START.RawValue("b", 0)  # set by a signal, read by every process after each step
+LOST = "one of the processes ended; what is saved is whole; rerun the same command to resume"
+logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it reports each process that it ends
+
+
+def rank():
+    """Number of this process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def device():
+    """The device of this process: its GPU if there is one, else the CPU."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def share(items):
+    """The items that this process works on."""
+    return items[rank() :: world_size()]
+
+
+def micro_batches(batch, size):
+    """This process's share of a batch, in lists of at most `size` items."""
+    mine = share(batch)
+    return [mine[i : i + size] for i in range(0, len(mine), size)]
+
+
+def gather(items):
+    """The lists of all processes in one, in every process: the inverse of share."""
+    parts = [items]
+    if dist.is_initialized():
+        parts = [None] * world_size()
+        dist.all_gather_object(parts, items)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+
+
+def all_reduce(values):
+    """Sum a list of floats over the processes, element by element."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device())
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def all_reduce_gradients(parameters):
+    """Sum the gradients of trainable parameters over the processes, in place."""
+    if not dist.is_initialized():
+        return
+    parameters = [p for p in parameters if p.requires_grad]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    dist.all_reduce(flat)
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+        parameter.grad = part.view_as(parameter)
+
+
+def launch(work, settings, graceful=False):
+    """Run work(settings) in `settings.processes` processes on a CPU; in this process on a GPU, and under torchrun.
+
+    An error in one process ends all of them and is printed once. Signals: see handle_signals.
+    Raises SystemExit, with the error or with 130 after a signal.
+    """
+    with handle_signals(settings, graceful):
+        if "RANK" in os.environ or settings.processes == 1 or torch.cuda.is_available():
+            return run_here(work, settings)
+        errors, port = START.SimpleQueue(), str(get_free_port())
+        try:
+            args = (work, settings, port, stop_flag, errors)
+            torch.multiprocessing.start_processes(worker, args, settings.processes, start_method=START.get_start_method())
+        except torch.multiprocessing.ProcessExitedException as error:
+            raise SystemExit(130 if error.exit_code == 130 else f"\n{LOST if errors.empty() else errors.get()}") from None
+
+
+def worker(number, work, settings, port, flag, errors):
+    """One process of launch: join the others, work, and report an error to the parent."""
+    global stop_flag
+    stop_flag = flag
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    end_with_parent()
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(settings.processes),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCH_CPP_LOG_LEVEL": "ERROR"}  # fmt: skip
+    try:
+        join_processes(settings)
+        work(settings)
+        leave_processes()
+    except BaseException as error:
+        if isinstance(error, SystemExit) and not isinstance(error.code, str):
+            raise
+        if text := error_text(error, settings):
+            errors.put(text)
+        os._exit(1)
+
+
+def end_with_parent():
+    """End this process soon after its parent, even if that was killed and this one is busy or waits for another."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_here(work, settings):
+    """The only process, or one that torchrun has started."""
+    try:
+        join_processes(settings)
+        work(settings)
+        leave_processes()
+    except BaseException as error:
+        if isinstance(error, SystemExit) and not isinstance(error.code, str) or isinstance(error, KeyboardInterrupt):
+            raise
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise
+        if os.environ["RANK"] != "0":  # most errors are raised in all processes: rank 0 prints them
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(2)
+        if text := error_text(error, settings):
+            print(f"\n{text}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def join_processes(settings):
+    """Join the processes that share the work, and seed this one."""
+    torch.manual_seed(settings.seed)
+    if (size := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(device())
+        else:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            torch.set_num_threads(max(1, cores // size))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def leave_processes():
+    """Let all processes end together."""
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):  # one that is through may close its connections before the others are
+            dist.barrier()
+        dist.destroy_process_group()
+
+
+def error_text(error, settings):
+    """What to print about an error that ends the program; empty where another process's end is the cause."""
+    if isinstance(error, SystemExit):
+        return error.code
+    if isinstance(error, OSError) and error.filename:
+        command = "the same command" + (" without --resume never" if settings.resume == "never" else "")
+        return (f"{error.filename2 or error.filename} cannot be read or written ({error.strerror}). What is done is kept: fix "
+                f"this, then rerun {command} to resume.")  # fmt: skip
+    if isinstance(error, RuntimeError) and re.search(r"gloo.*(Connection|Broken pipe)", str(error), re.DOTALL):
+        return ""
+    return "".join(traceback.format_exception(error)).strip()
+
+
+@contextlib.contextmanager
+def handle_signals(settings, graceful=False):
+    """While it holds, Ctrl-C and SIGTERM end the program and all processes that it has started, with one line and code 130; so
+    does an error of the disk, with code 1.
+
+    graceful: the first signal only sets stop_flag, so that training finishes its step and saves; the second one ends it.
+    """
+    me = os.getpid()
+
+    def stop(number, frame):
+        if os.getpid() != me:  # a forked process
+            os._exit(130)
+        words = "stopped; rerun the same command to resume"
+        if settings.resume == "never":
+            words = "stopped; rerun the same command without --resume never to resume"
+        first = graceful and not stop_flag.value
+        if os.environ.get("RANK", "0") == "0":
+            words = "stopping after this step (again: at once)" if first else words
+            os.write(2, f"\n{words}\n".encode())  # print may be busy just now
+        if first:
+            stop_flag.value = 1
+            return
+        for process in multiprocessing.active_children():
+            process.kill()
+        os._exit(130)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except OSError as error:
+        raise SystemExit(f"\n{error_text(error, settings)}") from None  # a new line: there may be a progress bar
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Files
+# ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def disk_errors(path):
+    """Make an OSError name a file: `path`, if it names none (the error of a full disk does not)."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(None, str(error), str(path)) from None
+    except OSError as error:
+        name = error.filename2 or error.filename or str(path)  # of two, the one that is written
+        raise OSError(error.errno, error.strerror or str(error), name) from None
+
+
+def write_atomic(path, text):
+    """Write a text file under another name, then rename it: the file at `path` is whole at any moment."""
+    new = Path(path).with_name(f"{Path(path).name}.new")
+    with disk_errors(path):
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Data
+# ------------------------------------------------------------------------------------------------
+
+HELD_OUT = 0.02  # share of the rooms that is never trained on, where the data has no heldout/ folder
+
+
+def room_of(path):
+    """The room that a picture shows: the name of its folder, or of a file directly in images/. ScanNet's scene0011_00 and
+    scene0011_01 are two scans of one room, scene0011."""
+    path = Path(path)
+    return re.sub(r"^(scene\d{4})_\d\d$", r"\1", path.stem if path.parent.name == "images" else path.parent.name)
+
+
+def held_out_rooms(settings):
+    """The rooms that are scored and never trained on, drawn by seed from all files of the data: the same in every stage.
+
+    Empty with --eval_scenes 0, where a heldout/ folder has other rooms to score, and if there is only one room.
+    """
+    data, rooms, real = Path(settings.data), set(), lru_cache(None)(os.path.realpath)
+    if not settings.eval_scenes or (data / "heldout").is_dir():
+        return rooms
+    for name in common.FILES.values():
+        for row in common.read_jsonl(data / name) if (data / name).is_file() else []:
+            for image in [row["image"]] if isinstance(row.get("image"), str) else row.get("image") or []:
+                path = data / "images" / str(image)
+                rooms.add(room_of(Path(real(path.parent)) / path.name))
+    count = max(1, round(HELD_OUT * len(rooms))) if len(rooms) > 1 else 0
+    return set(random.Random(settings.seed).sample(sorted(rooms), count))
+
+
+def training_scenes(settings, kinds, processor):
+    """The scenes of `settings.data` with their rows of `kinds` (keys of common.FILES), without those of held_out_rooms."""
+    rooms = held_out_rooms(settings)
+    scenes = common.load_scenes(settings.data, kinds, processor)
+    kept = [scene for scene in scenes if not rooms & {room_of(path) for path in scene.images}]
+    if rooms:
+        print0(f"{len(kept)} training scenes; {len(scenes) - len(kept)} scenes of {len(rooms)} rooms are held out")
+    return kept
+
+
+def held_out_scenes(settings, kinds, processor):
+    """At most `settings.eval_scenes` scenes to score during training, the same ones each time: from the heldout/ folder, or
+    from held_out_rooms."""
+    folder, rooms = Path(settings.data) / "heldout", held_out_rooms(settings)
+    if not settings.eval_scenes or not (rooms or folder.is_dir()):
+        return []
+    scenes = common.load_scenes(folder if folder.is_dir() else settings.data, kinds, processor)
+    if rooms:
+        scenes = [scene for scene in scenes if rooms & {room_of(path) for path in scene.images}]
+    return random.Random(0).sample(scenes, min(settings.eval_scenes, len(scenes)))
+
+
+def answer_batches(backbone, scenes, mode, max_new_tokens, temperature=0.0, eval_batch=128, keep=False, seed=None, skip=None):
+    """Ask every example of `scenes` in a mode of INSTRUCTIONS ("locate" examples always in theirs).
+
+    The pictures of a scene are read and encoded once for all its questions; those of the next batch are read while the model
+    works on this one. eval_batch: questions answered at once. Yields (scenes, texts), a list of texts for each scene.
+    With a seed, the samples of a batch depend only on it and on the batch. Batches for which skip(scenes) is true are left out.
+    """
+    parts, asked = [], eval_batch
+    for scene in scenes:
+        if asked + len(scene.examples) > eval_batch:
+            parts.append([])
+            asked = 0
+        parts[-1].append(scene)
+        asked += len(scene.examples)
+    parts = [part for part in parts if not (skip and skip(part))]
+    if not parts:
+        return
+
+    def read(part):
+        return [common.scene_patches(backbone, scene) for scene in part]
+
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(read, parts[0])
+        for part, following in zip(parts, [*parts[1:], []]):
+            patches = ahead.result()
+            ahead = reader.submit(read, following)
+            branches = []
+            for scene in part:
+                texts = [common.prompt_text(e, "locate" if e.question_type == "locate" else mode) for e in scene.examples]
+                branches.append([list(common.encode_text(backbone.tokenizer, text + common.BRANCH_END)) for text in texts])
+            with torch.no_grad():
+                prefixes = common.encode_scenes(backbone, part, keep, patches)
+            if seed is not None:
+                torch.manual_seed(zlib.crc32(f"{seed} {part[0].examples[0].id}".encode()))
+            answers = common.branch_generate(backbone, prefixes, branches, max_new_tokens, temperature)
+            yield part, [[common.decode(backbone, completion) for completion in ids] for ids in answers]
+
+
+def generate_answers(backbone, scenes, mode, max_new_tokens, temperature=0.0, eval_batch=128, keep=False):
+    """answer_batches for all scenes, shared by the processes.
+
+    Returns examples and texts, two lists in the same order, the same in every process.
+    """
+    batches = answer_batches(backbone, share(scenes), mode, max_new_tokens, temperature, eval_batch, keep)
+    texts = gather([some for _, texts in batches for some in texts])
+    return [e for scene in scenes for e in scene.examples], [text for group in texts for text in group]
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. Runs
+# ------------------------------------------------------------------------------------------------
+
+FREE = ("out", "max_steps", "resume", "processes", "track")  # settings that may change when a run is resumed
+MOST_SKIPPED = 5  # steps in a row without a finite gradient that end the run
+
+
+def is_finished(settings, names=None):
+    """Whether the run in `settings.out` has written its model, with these settings (names: which are compared; default all)."""
+    folder = Path(settings.out)
+    if settings.resume == "never" or not (folder / "model" / "config.json").is_file():
+        return False
+    made, now = folder / "config.json", asdict(settings)
+    if made.is_file():
+        made = json.loads(made.read_text(encoding="utf-8"))
+        if names:
+            refuse_others(folder, made, now, names)
+        elif any(made.get(name) != now[name] for name in now if name not in ("out", "resume", "processes", "track")):
+            return False
+    print0(f"{folder} is finished; --resume never trains it again")
+    return True
+
+
+def refuse_others(folder, made, now, names):
+    """Raise SystemExit, naming the first setting that differs, if `folder` was made with other settings. made, now: dicts."""
+    for name in names:
+        if made.get(name, ...) != now.get(name, ...):
+            before, after = (f"--{name} {some[name]}" if name in some else f"no --{name}" for some in (made, now))
+            raise SystemExit(
+                f"{folder} was made with {before}, not {after}. Use the same, or --resume never to start again, or another --out."
+            )
+
+
+class Run:
+    """A training run: its folder, log and checkpoint.
+
+        run = Run(settings, panels)  # resumes from the folder's checkpoint if there is one
+        for step in run.steps(steps, backbone, optimizers):
+            ...
+            run.log({"loss": loss, "grad_norm": norm}, scores, examples)
+        run.finish(backbone)
+    """
+
+    def __init__(self, settings, panels):
+        """Make the folder and write config.json. panels: {title: [metric, ...]} of curves.png.
+
+        Raises SystemExit, naming the setting, if the folder has a checkpoint that was made with other settings.
+        """
+        self.settings, self.panels, self.folder = settings, panels, Path(settings.out)
+        self.checkpoint = self.folder / "checkpoint.pt"
+        self.scores, self.skipped, self.ended, self.tracker = {}, 0, False, None
+        if rank() == 0 and settings.resume not in ("auto", "never") and not self.checkpoint.is_file():
+            copy_run(Path(settings.resume), self.folder)
+        barrier()
+        self.state = self.read_checkpoint() if settings.resume != "never" and self.checkpoint.is_file() else {"step": 0}
+        self.first = self.step = self.state["step"]
+        barrier()
+        if rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self.folder / "model", ignore_errors=True)  # model/ beside config.json means: finished
+            write_atomic(self.folder / "config.json", json.dumps(asdict(settings), indent=2))
+            for name in ("metrics.jsonl", "samples.jsonl"):  # drop what was logged after the checkpoint
+                # Not splitlines: a sample may contain a line separator of its own (U+2028).
+                lines = (self.folder / name).read_text(encoding="utf-8").split("\n") if (self.folder / name).is_file() else []
+                write_atomic(self.folder / name, "".join(f"{line}\n" for line in lines if logged_by(line, self.first)))
+            if not self.first:
+                self.checkpoint.unlink(missing_ok=True)
+            self.tracker = start_tracker(settings.track, self.folder) if settings.track != "off" else None
+
+    def steps(self, planned, backbone, optimizers):
+        """Yield the numbers of the steps that are left, from 0. planned: steps of the whole schedule.
+
+        Shows the progress bar; seeds every step; saves checkpoints and curves. After a signal it saves and raises
+        SystemExit(130).
+        """
+        if self.first:
+            self.restore(backbone, optimizers)
+        last = self.first if self.state.get("ended") else min(planned, self.settings.max_steps or planned)
+        self.state, self.last = None, last
+        self.bar = tqdm(range(self.first, last), initial=self.first, total=last, desc=self.folder.name, disable=rank() > 0)
+        for step in self.bar:
+            self.step, self.began = step, time.time()
+            seed_step(self.settings, step)
+            yield step
+            stopping = all_reduce([stop_flag.value])[0] > 0
+            if (step + 1) % self.settings.save_every == 0 or step + 1 == last or self.ended or stopping:
+                self.save(step + 1, backbone, optimizers)
+                if rank() == 0:
+                    draw_curves(self.folder, self.panels)
+            if stopping and step + 1 < last and not self.ended:
+                print0(f"stopped after step {step + 1}; rerun the same command to resume from {self.checkpoint}")
+                barrier()
+                raise SystemExit(130)
+            if self.ended:
+                break
+        self.bar.close()
+
+    def is_eval_step(self):
+        """Whether scenes are scored after this step."""
+        return (self.step + 1) % self.settings.eval_every == 0 or self.step + 1 == self.last
+
+    def log(self, row, scores=None, examples=()):
+        """Append the metrics `row` of this step, and held-out `scores` if there are any, to metrics.jsonl and the bar.
+
+        examples: those of the step, named if row["grad_norm"] is not finite. Raises SystemExit after MOST_SKIPPED such steps.
+        """
+        self.scores = scores or self.scores
+        row = {"step": self.step + 1} | row | {"seconds": time.time() - self.began} | (scores or {})
+        self.append("metrics.jsonl", row)
+        shown = {name: row[name] for name in ("loss", "reward", "kl") if name in row} | self.scores
+        self.bar.set_postfix({name: f"{value:.3f}" if name == "loss" else f"{value:.2f}" for name, value in shown.items()})
+        if self.tracker:
+            self.tracker.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+        self.skipped = 0 if math.isfinite(row["grad_norm"]) else self.skipped + 1
+        if self.skipped:
+            ids = ", ".join(sorted({example.id for example in examples}))
+            print0(f"step {row['step']}: the gradient is not finite; nothing is learnt from {ids}")
+        if self.skipped == MOST_SKIPPED:
+            raise SystemExit(
+                f"{MOST_SKIPPED} steps in a row without a finite gradient, the last one {row['step']}. Lower --lr (and --muon_lr), "
+                "or use --load fp32; if it is always the same examples, look at them. The last checkpoint is whole."
+            )
+
+    def log_samples(self, examples, texts, count=4, **columns):
+        """Append the first `count` questions, answers and completions to samples.jsonl. columns: further lists to write."""
+        for i, example in enumerate(examples[:count]):
+            row = {"step": self.step + 1, "question": example.question, "options": example.options, "answer": example.answer}
+            self.append("samples.jsonl", row | {"text": texts[i]} | {name: float(column[i]) for name, column in columns.items()})
+
+    def append(self, name, row):
+        """Append one JSON line to a file of the run."""
+        if rank() == 0:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}  # JSON has no NaN
+            try:
+                with (self.folder / name).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(finite, ensure_ascii=False) + "\n")
+            except OSError as error:
+                raise SystemExit(f"{self.folder / name} cannot be written ({error}). The last checkpoint is whole.") from None
+
+    def end(self):
+        """Make this step the last one."""
+        self.ended = True
+
+    def finish(self, backbone):
+        """Write model/ (and adapter/), from rank 0; the others wait for it."""
+        if rank() == 0:
+            with disk_errors(self.folder / "model"):
+                common.save_model(backbone, self.folder)
+            if self.tracker:
+                self.tracker.finish()
+        print0(f"wrote {self.folder}/model")
+        barrier()
+
+    def save(self, step, backbone, optimizers):
+        """Write checkpoint.pt: trained weights, optimizers, step, settings. Under another name first, so that a stop at any
+        moment leaves a whole one. It needs no random state: every step is seeded by (seed, step, rank)."""
+        if rank() > 0:
+            return
+        weights = {name: p.detach().contiguous() for name, p in backbone.model.named_parameters() if p.requires_grad}
+        state = {"step": step, "config": asdict(self.settings), "ended": self.ended, "weights": weights,
+                 "checksum": getattr(backbone, "checksum", None), "optimizers": [o.state_dict() for o in optimizers]}  # fmt: skip
+        new = self.checkpoint.with_suffix(".new")
+        try:
+            torch.save(state, new)
+            new.replace(self.checkpoint)
+        except (OSError, RuntimeError) as error:  # torch has its own error for a full disk
+            new.unlink(missing_ok=True)
+            needed = 3 * sum(weight.numel() * weight.element_size() for weight in weights.values())
+            whole = f"{self.checkpoint} is whole: make room, and rerun the same command to resume from it."
+            raise SystemExit(
+                f"{new} cannot be written ({error}); it needs about {needed:,} bytes. "
+                + (whole if self.checkpoint.is_file() else "Make room.")
+            ) from None
+
+    def read_checkpoint(self):
+        """The checkpoint, its tensors still on the disk. Raises SystemExit if it is broken or was made with other settings."""
+        with self.checkpoint_errors():
+            state = torch.load(self.checkpoint, map_location="cpu", mmap=True, weights_only=True)
+            step, made = int(state["step"]), dict(state["config"])
+        now = asdict(self.settings)
+        refuse_others(self.folder, made, now, [name for name in now | made if name not in FREE])
+        print0(f"resuming from step {step} of {self.checkpoint}")
+        return state
+
+    def restore(self, backbone, optimizers):
+        """Put the checkpoint's weights and optimizer states in place. Raises SystemExit if they belong to another model."""
+        with self.checkpoint_errors():
+            weights = self.state["weights"]
+            if other := sorted({name for name, p in backbone.model.named_parameters() if p.requires_grad} ^ set(weights)):
+                raise ValueError(f"it has other weights, such as {other[0]}: it belongs to another model")
+            if self.state["checksum"] and self.state["checksum"] != backbone.checksum:
+                raise ValueError(f"{backbone.path} is no longer the model that it started from")
+            backbone.model.load_state_dict(weights, strict=False)
+            for optimizer, state in zip(optimizers, self.state["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+
+    @contextlib.contextmanager
+    def checkpoint_errors(self):
+        """Turn every error about the checkpoint's contents into one line."""
+        try:
+            yield
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # every part of it has its own errors
+            reason = re.split(r"\. |\n", str(error).strip() or repr(error))[0]  # without torch's advice to load it anyway
+            raise SystemExit(f"{self.checkpoint} cannot be resumed ({reason}). --resume never starts again.") from None
+
+
+def seed_step(settings, step):
+    """Seed torch for a step and process, so that a resumed run draws the same numbers."""
+    torch.manual_seed((settings.seed * 1_000_003 + step) * 64 + rank())
+
+
+def copy_run(run, folder):
+    """Copy checkpoint and logs of another run to `folder`. Raises SystemExit if `run` has no checkpoint."""
+    if not (run / "checkpoint.pt").is_file():
+        raise SystemExit(f"--resume {run}: that folder has no checkpoint. Use auto, never, or the folder of a run.")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in run.glob("*.jsonl"):
+        shutil.copy(file, folder)
+    shutil.copy(run / "checkpoint.pt", folder / "checkpoint.new")
+    (folder / "checkpoint.new").replace(folder / "checkpoint.pt")  # last: a copy that was cut short is made again
+
+
+def logged_by(line, step):
+    """Whether a line of a log is whole and was written at or before `step`. (A killed run may leave half a line.)"""
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def start_tracker(name, folder):
+    """accelerate's tracker "tensorboard" (writes to `folder`) or "wandb" (its project has the folder's name)."""
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState()  # its logger asks for it
+    try:
+        tracker = LOGGER_TYPE_TO_CLASS[name](*[folder.name, folder.parent][: 2 if name == "tensorboard" else 1])
+        tracker.start()
+        return tracker
+    except ImportError as error:
+        raise SystemExit(f"--track {name}: {error}. Install it with: pip install {name}") from None
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. Memory
+# ------------------------------------------------------------------------------------------------
+
+def scene_length(backbone, scene):
+    """Tokens of a scene's prefix, from the size of its first picture. Raises SystemExit if that cannot be read."""
+    processor, video, count = backbone.processor, scene.data_type == "video", len(scene.images)
+    side = processor.patch_size * processor.merge_size  # pixels of a token
+    if scene.images[0].endswith(".mp4"):
+        tokens, count = processor.size["longest_edge"] // side**2, backbone.frames  # at most
+    else:
+        tokens = math.prod(common.resized_size(processor, *common.picture_size(scene.images[0]))) // side**2
+    pictures = math.ceil(count / 2) if video else count
+    around = len(common.encode_text(backbone.tokenizer, common.PREFIX_START)) + 2 * (1 if video else pictures)
+    return around + pictures * tokens
+
+
+def pack_lengths(backbone, packs):
+    """Token counts of packs: [(prefix, [(prompt, completion), ...]), ...]."""
+    prefixes = {id(scene): scene_length(backbone, scene) for scene in {id(pack.scene): pack.scene for pack in packs}.values()}
+    return [(prefixes[id(pack.scene)], [(len(prompt), len(text)) for prompt, text in pack.pairs]) for pack in packs]
+
+
+def stored_by_layer(backbone, prefixes, branches):
+    """Bytes that autograd stores for ONE layer of the language model, counted while it runs on zeros.
+
+    prefixes, branches: token counts as in common.pack_layout.
+    """
+    model, stored = common.unwrap(backbone.model), {}
+    text, width = model.model.language_model, model.config.text_config.hidden_size
+    layout = common.pack_layout(prefixes, branches, backbone.device)
+    tokens, like = len(layout.unpad), {"dtype": model.dtype, "device": backbone.device}
+    hidden = torch.zeros(1, tokens, width, requires_grad=True, **like)  # (1, T, width)
+    angles = text.rotary_emb(hidden, torch.zeros(3, 1, tokens, dtype=torch.long, device=backbone.device))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def note(tensor):
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in weights:
+            stored[memory.data_ptr()] = memory.nbytes(), tensor  # the tensor is kept, so that its address is not used again
+        return tensor
+
+    backbone.model.eval()  # in train mode with checkpointing nothing would be stored
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        text.layers[0](hidden, position_embeddings=angles, layout=layout)
+    return sum(size for size, _ in stored.values())
+
+
+def memory_budget(backbone, settings, prefixes, branches, learnt, sequences, length):
+    """Bytes that training needs at its largest: ({part: bytes}, peak). Not all parts exist at the same time.
+
+    prefixes, branches: token counts of the largest micro-batch, as in common.pack_layout; learnt: its completion tokens, whose
+    logits are computed. sequences, length: how many answers are generated at once, and the tokens of the longest with its prefix.
+    Not counted: the vision tower's activations (frozen: they are freed before) and features that are kept.
+    """
+    model = common.unwrap(backbone.model)
+    text, number = model.config.text_config, model.dtype.itemsize
+    layers, tokens = text.num_hidden_layers, sum(prefixes) + sum(map(sum, branches))
+    layer = stored_by_layer(backbone, prefixes, branches)
+    inner = tokens * text.intermediate_size * 2 * 4  # gradients inside a layer: two float32 tensors
+    if settings.checkpointing:  # the input of each layer is stored; the backward pass runs one layer again
+        stored, inner = layers * tokens * text.hidden_size * number, layer + inner
+    else:
+        stored = layers * layer
+    heads = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+    parts = {
+        "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
+        # Gradients and AdamW's two averages. Muon has one: a small overestimate.
+        "optimizer": 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
+        "cache": sequences * length * 2 * layers * heads * number,
+        "activations": stored + inner,
+        "logits": min(learnt, common.LOGITS_AT_ONCE) * text.vocab_size * 3 * 4,  # three float32 tensors
+    }
+    learning = stored + max(inner, parts["logits"])  # the logits are freed before the gradients reach the layers
+    return parts, parts["weights"] + parts["optimizer"] + max(learning, parts["cache"])
+
+
+LOWER = {  # what to change if a part of the budget is the largest
+    "weights": "--load 4bit",
+    "optimizer": "--tune lora, or a lower --lora_rank",
+    "cache": "a lower --eval_batch (scoring), or --train_batch, --max_new_tokens and --group_size (stage 3)",
+    "activations": "--checkpointing true, then a lower --micro_batch, --max_pixels and --branches (stage 3: --max_new_tokens)",
+}
+
+
+def device_memory(device):
+    """Bytes that this process can use: of the GPU (within torch.cuda.set_per_process_memory_fraction), or its share of RAM."""
+    if device.type == "cuda":
+        free, whole = torch.cuda.mem_get_info(device)
+        return min(free + torch.cuda.memory_reserved(device), whole * torch.cuda.get_per_process_memory_fraction(device))
+    return psutil.virtual_memory().available / world_size() + psutil.Process().memory_info().rss
+
+
+def check_memory(backbone, settings, lengths, answers, new_tokens):
+    """Print one line about the memory that training needs at its largest, before it starts.
+
+    lengths: token counts of all packs, as from pack_lengths; answers: how many are generated at once; new_tokens: of the longest.
+    Raises SystemExit, naming the settings to lower, if there is not enough.
+    """
+    ordered = sorted(lengths, key=lambda pack: pack[0] + sum(map(sum, pack[1])))
+    largest = ordered[-min(settings.micro_batch, settings.train_batch) :]
+    parts, peak = memory_budget(
+        backbone, settings, [prefix for prefix, _ in largest], [[sum(pair) for pair in pairs] for _, pairs in largest],
+        sum(text for _, pairs in largest for _, text in pairs), answers, max(prefix for prefix, _ in lengths) + new_tokens,
+    )  # fmt: skip
+    available = device_memory(backbone.device)
+    line = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in parts.items())
+    print0(f"memory in MB: {line}, not all at the same time; at most {peak / 1e6:,.0f} of {available / 1e6:,.0f}")
+    if peak > available:
+        most = max(LOWER, key=parts.get)
+        raise SystemExit(f"This needs {peak / 1e9:.1f} GB of {available / 1e9:.1f} GB. Most is {most}: try {LOWER[most]}.")
