@@ -45,7 +45,7 @@ PRESETS = {
         "steps": 580, "train_batch": 16, "branches": 4, "micro_batch": 64, "warmup": 0.05, "eval_every": 150, "save_every": 290,
         "direct": 0.4, "worked": 1.0, "replay": 1.0,
     },
-    # The paper: one epoch, 16 rows a step, learning rate 1e-5 for full tuning.
+    # The paper: one epoch, 16 rows a step, learning rate 1e-5 for full tuning. Here a step has 4 scenes with up to 9 questions.
     "3b": {
         "lr": 1e-4, "train_batch": 4, "branches": 9, "checkpointing": True, "eval_batch": 16,
         "min_pixels": 16 * 28 * 28, "max_pixels": 128 * 28 * 28,

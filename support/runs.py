@@ -308,7 +308,7 @@ def worker(number, work, settings, port, flag, errors):
         if isinstance(error, SystemExit) and not isinstance(error.code, str):
             raise
         if text := error_text(error, settings):
-            errors.put(text)
+            errors.put(text[-20_000:])  # a full pipe would block
         os._exit(1)
 
 
@@ -331,9 +331,8 @@ def run_here(work, settings):
         work(settings)
         leave_processes()
     except BaseException as error:
-        if isinstance(error, SystemExit) and not isinstance(error.code, str) or isinstance(error, KeyboardInterrupt):
-            raise
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        quiet = isinstance(error, KeyboardInterrupt) or isinstance(error, SystemExit) and not isinstance(error.code, str)
+        if quiet or int(os.environ.get("WORLD_SIZE", 1)) == 1:
             raise
         if os.environ["RANK"] != "0":  # most errors are raised in all processes: rank 0 prints them
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

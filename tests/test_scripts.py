@@ -413,7 +413,7 @@ def released(tmp_path_factory, tiny_model, ladder_data):
     folder = tmp_path_factory.mktemp("released")
     flags = ("--preset", "3b", "--data", ladder_data, *ONE, "--load", "fp32", "--train_batch", "2", "--branches", "3",
              "--min_pixels", 56 * 56, "--max_pixels", 84 * 84, "--eval_scenes", "2", "--max_steps", "2")  # fmt: skip
-    succeed(folder, "stage1_localize", *flags, "--model", tiny_model)
+    succeed(folder, "stage1_localize", *flags, "--model", tiny_model, "--train_batch", "1", "--branches", "1")
     succeed(folder, "stage2_understand", *flags)
     succeed(folder, "stage3_grpo", *flags, "--train_batch", "2", "--group_size", "2", "--max_new_tokens", "16")
     return folder / "runs" / "3b"
