@@ -530,6 +530,7 @@ def save_model(backbone, folder):
             plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(backbone.path, dtype=torch.bfloat16)
             model = PeftModel.from_pretrained(plain, folder / "adapter")
         model = model.merge_and_unload()
+    shutil.rmtree(folder / "model.new", ignore_errors=True)
     for part in (model, backbone.tokenizer, backbone.processor):
         part.save_pretrained(folder / "model.new")
     shutil.rmtree(folder / "model", ignore_errors=True)

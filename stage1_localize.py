@@ -38,7 +38,7 @@ PRESETS = {
         "steps": 690, "train_batch": 32, "branches": 4, "micro_batch": 64, "warmup": 0.05, "eval_every": 100, "save_every": 345,
     },
     # The paper: one epoch, 16 rows a step, learning rate 1e-5 for full tuning, pictures of 16 to 128 tokens. Here a step has 16
-    # scenes; in the released data most of them have one localisation row.
+    # scenes, each with up to 8 of its rows.
     "3b": {
         "model": "Qwen/Qwen2.5-VL-3B-Instruct", "lr": 1e-4, "train_batch": 16, "checkpointing": True, "eval_batch": 16,
         "min_pixels": 16 * 28 * 28, "max_pixels": 128 * 28 * 28,

@@ -422,13 +422,10 @@ def save_base(folder, scores, *parts):
     """Write scores.json and model/ to `folder`. model/ is written under another name first: it appears only when it is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     runs.write_atomic(folder / "scores.json", json.dumps(scores, indent=2))
-    new, old = folder / "model.new", folder / "model.old"
-    for left in (new, old):
-        shutil.rmtree(left, ignore_errors=True)
+    new = folder / "model.new"
+    shutil.rmtree(new, ignore_errors=True)
     with runs.disk_errors(new):
         for part in parts:
             part.save_pretrained(new)
-    if (folder / "model").exists():
-        (folder / "model").rename(old)
+    shutil.rmtree(folder / "model", ignore_errors=True)
     new.rename(folder / "model")
-    shutil.rmtree(old, ignore_errors=True)

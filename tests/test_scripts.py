@@ -346,7 +346,40 @@ def test_scores_of_eval_are_those_of_its_predictions(evaluated):
                 assert np.isclose(model[mode][key], found)
 
 
+# The golden run: the first steps of every stage must stay what they are
+
+GOLDEN = Path(__file__).with_name("golden_toy.json")  # to renew it on purpose: delete it and run the test, which writes it
+WATCHED = {  # metrics and how many steps; stage 3 samples, so a last digit may change a token
+    "stage1": (("loss", "grad_norm", "tokens"), 4), "stage2": (("loss", "grad_norm", "tokens"), 4),
+    "coldstart": (("loss", "grad_norm", "tokens"), 8), "stage3": (("entropy", "completion_tokens", "reward", "grad_norm"), 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", ["base", *WATCHED])
+def test_the_first_steps_are_those_of_the_golden_run(stage, ladder):
+    runs_of = ladder / "runs" / "toy"
+    found = {"base": json.loads((runs_of / "base" / "scores.json").read_text())}
+    for name, (metric_names, count) in WATCHED.items():
+        rows = metrics(runs_of / name)[:count]
+        found[name] = {metric: [row[metric] for row in rows] for metric in metric_names}
+    if not GOLDEN.is_file():
+        GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
+        pytest.fail(f"{GOLDEN.name} was missing and is written: look at it")
+    wanted = json.loads(GOLDEN.read_text())[stage]
+    assert set(found[stage]) == set(wanted)
+    for metric, values in wanted.items():
+        np.testing.assert_allclose(found[stage][metric], values, rtol=0.05 if stage in ("base", "stage3") else 0.01, err_msg=metric)
+
+
 # Resume, processes
+
+
+def test_a_finished_stage_3_is_left_as_it_is(ladder):
+    model = ladder / "runs" / "toy" / "stage3" / "model" / "model.safetensors"
+    made = model.stat().st_mtime_ns
+    done = succeed(ladder, "stage3_grpo", *TINY["stage3_grpo"])
+    assert "stage3 is finished" in done.stderr and "parameters" not in done.stderr  # nothing was loaded
+    assert model.stat().st_mtime_ns == made
 
 
 @pytest.mark.parametrize("script", STAGES)
