@@ -473,7 +473,7 @@ def training_scenes(settings, kinds, processor):
     scenes = common.load_scenes(settings.data, kinds, processor)
     kept = [scene for scene in scenes if not rooms & {room_of(path) for path in scene.images}]
     if rooms:
-        print0(f"{len(kept)} training scenes; {len(scenes) - len(kept)} scenes of {len(rooms)} rooms are held out")
+        print0(f"{len(kept)} training scenes; held out: {len(scenes) - len(kept)} scenes (rooms: {len(rooms)})")
     return kept
 
 

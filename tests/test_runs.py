@@ -177,7 +177,7 @@ def test_no_room_is_trained_on_and_scored(backbone, ladder_data, tmp_path, seed,
         trained = rooms_of(runs.training_scenes(settings, kinds, backbone.processor))
         assert not {scan[:9] for scan in trained} & {scan[:9] for scan in held_out[0]}
         assert trained | held_out[0] == set(scans)
-    assert f"{60 - len(held_out[0])} training scenes; {len(held_out[0])} scenes of 1 rooms are held out" in capsys.readouterr().err
+    assert f"{60 - len(held_out[0])} training scenes; held out: {len(held_out[0])} scenes (rooms: 1)" in capsys.readouterr().err
 
 
 def test_different_seeds_hold_out_different_rooms(backbone, ladder_data, tmp_path):
