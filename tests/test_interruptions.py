@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from html.parser import HTMLParser
@@ -22,6 +23,7 @@ import pytest
 import torch
 from PIL import Image
 from scannet_fixture import study, write_table
+from tqdm import tqdm
 
 import common
 import eval as evaluation
@@ -44,6 +46,7 @@ FORK = multiprocessing.get_context("fork")
 def inside(module, folder, flags, patch):
     """What that process does: module.main() in `folder`; all that it and its workers say goes to `folder`/said."""
     os.setsid()
+    tqdm.set_lock(threading.RLock())  # else one lock for all: a process that is killed in the middle of a bar keeps it for ever
     os.chdir(folder)
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -99,6 +101,7 @@ if __name__ == "__main__":
 def inside(folder, flags, more):
     """A first process without the seconds that its imports take; all that it and the others say goes to `folder`/said."""
     os.setsid()
+    tqdm.set_lock(threading.RLock())  # else one lock for all: a process that is killed in the middle of a bar keeps it for ever
     concurrent.futures.thread._threads_queues.clear()  # forked in a pool's thread: at its end a process would wait for itself
     os.environ |= more
     sys.argv = [__file__, *flags]
