@@ -46,7 +46,8 @@ FORK = multiprocessing.get_context("fork")
 def inside(module, folder, flags, patch):
     """What that process does: module.main() in `folder`; all that it and its workers say goes to `folder`/said."""
     os.setsid()
-    tqdm.set_lock(threading.RLock())  # else one lock for all: a process that is killed in the middle of a bar keeps it for ever
+    for bar in (tqdm, evaluation.Progress):  # else one lock for all: a process that is killed in the middle of a bar keeps it
+        bar.set_lock(threading.RLock())
     os.chdir(folder)
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM):
