@@ -27,6 +27,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # before its import: it warns about kernels that are not needed
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # likewise: it warns about processes that were ended on purpose
 
 import numpy as np
 import torch

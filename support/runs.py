@@ -299,7 +299,7 @@ def worker(number, work, settings, port, flag, errors):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     end_with_parent()
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(settings.processes),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCH_CPP_LOG_LEVEL": "ERROR"}  # fmt: skip
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
     try:
         join_processes(settings)
         work(settings)
@@ -397,7 +397,7 @@ def handle_signals(settings, graceful=False):
         if first:
             stop_flag.value = 1
             return
-        for process in multiprocessing.active_children():
+        for process in sorted(multiprocessing.active_children(), key=lambda process: -process.pid):  # rank 0, their server, last
             process.kill()
         os._exit(130)
 

@@ -1,9 +1,12 @@
 """What the tests share: a tiny model with random weights, and a folder in the released schema with small files."""
 
 import json
+import os
 import string
 import sys
 from pathlib import Path
+
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as common.py does, before torch is imported
 
 import numpy as np
 import pytest
