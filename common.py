@@ -18,11 +18,12 @@ import math
 import os
 import random
 import re
-import shutil
+import shlex
 import sys
-import zlib
+import zipfile
+from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +35,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.integrations import dequantize_module_weight
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -42,7 +44,6 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     BitsAndBytesConfig,
-    DynamicCache,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
 )
@@ -57,6 +58,9 @@ def print0(text):
     """Print on rank 0 only, to stderr, without breaking a progress bar."""
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(text, file=sys.stderr)
+
+
+print_once = lru_cache(print0)  # the same line once a process
 
 
 # ------------------------------------------------------------------------------------------------
@@ -129,15 +133,15 @@ def read_jsonl(path):
 def read_examples(data, kind):
     """Read one file of the released schema. kind: a key of FILES.
 
-    Removes `<image>` from questions and sorts video frames by number (the released files sort them as strings). Checks that
-    every field can be used and that every picture exists inside `data`/images.
+    Removes `<image>` and `<video>` from questions and sorts video frames by number (the released files sort them as strings).
+    Checks that every field can be used and that every picture exists inside `data`/images.
     Raises SystemExit naming the file, the row and the fault.
     """
     path, root, examples, paths = Path(data) / FILES[kind], (Path(data) / "images").resolve(), [], {}
     for number, row in enumerate(read_jsonl(path), 1):
         where = f"{path} row {number} (question_id {row.get('question_id')})"
         for name in (*TEXT_FIELDS[kind], "data_type", "image", *["answer"] * (kind == "spatial")):
-            if row.get(name) in (None, "", []):
+            if row.get(name) in (None, "", []) or not str(row[name]).strip():
                 raise SystemExit(f"{where}: field {name!r} is missing or empty.")
             if name not in ("image", "answer") and not isinstance(row[name], str):
                 raise SystemExit(f"{where}: field {name!r} is not text but {row[name]!r}.")
@@ -154,16 +158,54 @@ def read_examples(data, kind):
                 if not paths[name].startswith(str(root) + os.sep):
                     raise SystemExit(f"{where}: picture {name!r} lies outside {root}.")
                 if not os.path.isfile(paths[name]):
-                    raise SystemExit(f"{where}: picture {paths[name]} does not exist. Download or unpack the images first.")
+                    raise SystemExit(f"{where}: picture {missing_file(paths[name], Path(data).resolve())}")
         example = Example(
             id=f"{path.stem}:{number}", images=tuple(paths[name] for name in names), data_type=row["data_type"],
             question_type=row["question_type"] if kind == "spatial" else kind,
-            question=row.get("question", row.get("prompt")).replace("<image>", "").strip(), options=row.get("options"),
+            question=clean_question(row.get("question", row.get("prompt"))), options=row.get("options"),
             answer=row.get("answer"), solution=row.get("solution", ""),
         )  # fmt: skip
+        check_text(example, where)
         check_answer(example, where)
         examples.append(example)
     return examples
+
+
+def missing_file(path, folder):
+    """What to do about the file `path`, which does not exist: the command to unpack the zip that has it, where one lies in
+    `folder` or between it and the file."""
+    path, folder, broken = Path(path), Path(folder), ""
+    for place in [folder, *(parent for parent in path.parents if folder in parent.parents)]:
+        for archive in sorted(place.glob("*.zip")):
+            try:
+                with zipfile.ZipFile(archive) as opened:
+                    names = opened.namelist()
+            except (zipfile.BadZipFile, OSError):
+                broken += f" {archive} is not a whole zip file: download it again."
+                continue
+            for name in names:
+                if path.as_posix().endswith("/" + name):
+                    target = path.as_posix().removesuffix("/" + name)
+                    command = shlex.join(["unzip", "-q", str(archive), "-d", target])
+                    return f"{path} does not exist, but it is in {archive}. Unpack that: {command}"
+                if name.endswith("/" + "/".join(path.parts[-2:])):
+                    return f"{path} does not exist, but {archive} has it as {name}. Unpack that, and put the file there."
+    return f"{path} does not exist.{broken or ' Download or unpack the images first.'}"
+
+
+def clean_question(text):
+    """A question without the marks where its pictures belong: `<image>` and `<video>`."""
+    return re.sub("<(image|video)>", "", text).strip()
+
+
+def check_text(example, where):
+    """Raise SystemExit (its text starts with `where`) if the texts of `example` hold no question, or a special token of a
+    tokenizer such as <|im_end|> or <|image_pad|>: it would end the conversation early, or ask for a picture."""
+    if not example.question:
+        raise SystemExit(f"{where}: the question has no text.")
+    token = re.search(r"<\|[^\s<>|]+\|>", f"{example.question} {example.options} {example.answer} {example.solution}")
+    if token:
+        raise SystemExit(f"{where}: its text holds the special token {token[0]}. Remove it, or the row.")
 
 
 def check_answer(example, where):
@@ -195,8 +237,15 @@ def group_scenes(examples):
 
 
 def load_scenes(data, kinds, processor):
-    """Read the files `kinds` (keys of FILES) of a data folder; boxes come in pixels of the resized picture: a list of Scene."""
-    examples = [example for kind in kinds for example in read_examples(data, kind)]
+    """Read the files `kinds` (keys of FILES) of a data folder; boxes come in pixels of the resized picture: a list of Scene.
+    Prints what each file holds."""
+    examples = []
+    for kind in kinds:
+        some = read_examples(data, kind)
+        types = Counter(example.question_type for example in some)
+        listed = ", ".join(f"{name} {count:,}" for name, count in sorted(types.items()))
+        print_once(f"read {Path(data) / FILES[kind]}: {len(some):,} rows" + f" ({listed})" * (len(types) > 1))
+        examples += some
     for example in examples:
         if example.question_type == "locate":
             example.answer = boxes_for_model(processor, example)
@@ -242,24 +291,27 @@ def picture_text(grids, merge, video):
 
 @lru_cache(maxsize=200_000)
 def encode_text(tokenizer, text):
-    """Token ids of `text`, a tuple. The pieces of a conversation meet at special tokens, so encoding them one by one gives
-    the same ids as encoding the whole."""
+    """Token ids of `text`, a tuple. Encoding the pieces of a conversation one by one gives the same ids as encoding the whole:
+    they meet at special tokens, or at the line end of BRANCH_END, behind which a completion has no leading whitespace."""
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def decode(backbone, ids):
-    """The text of a completion, without its end token."""
-    return backbone.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    """The text of a completion, without its end token. Other special tokens stay visible: they must cost the format."""
+    ids = ids[:-1] if len(ids) and ids[-1] in backbone.stop else ids
+    return backbone.tokenizer.decode(ids, skip_special_tokens=False).strip()
 
 
 def training_pair(example):
     """What SFT learns from an example: (prompt, completion). The completion is the boxes, the whole solution of a coldstart or
-    worked row, or the letter or number."""
+    worked row, or the letter or number, without whitespace around it (see encode_text)."""
     if example.question_type in ("coldstart", "worked"):  # their prompt has the instruction already
-        return example.question + BRANCH_END, example.solution + STOP
-    if example.question_type == "locate":
-        return prompt_text(example, "locate") + BRANCH_END, boxes_text(example.answer) + STOP
-    return prompt_text(example, "direct") + BRANCH_END, str(example.answer) + STOP
+        prompt, completion = example.question, example.solution
+    elif example.question_type == "locate":
+        prompt, completion = prompt_text(example, "locate"), boxes_text(example.answer)
+    else:
+        prompt, completion = prompt_text(example, "direct"), str(example.answer)
+    return prompt + BRANCH_END, completion.strip() + STOP
 
 
 @dataclass
@@ -422,9 +474,11 @@ def load_backbone(path, load="bf16", min_pixels=None, max_pixels=None, device="c
 
     load: "fp32", "bf16" or "4bit" (nf4; the vision tower and the head stay bf16). Pixel limits default to the folder's own.
     Returns a namespace: model; tokenizer; processor (the PIL image processor: Qwen2_5_VLProcessor needs torchvision); stop
-    (ids that end a completion); suppress (ids that are never sampled); path; device; frames (taken from an mp4); checksum (of
-    the first weights of every tensor: a checkpoint can only be resumed from the model that it started from).
-    Raises SystemExit if the folder has no model or another kind of model, weights are missing, or the tokenizer does not fit.
+    (ids that end a completion); forbidden (see forbidden_tokens); path; device; frames (taken from an mp4); seconds_per_grid
+    (between two temporal patches of a video, for its positions; 1.0 as in Qwen's code); cuda_graph and merge_decoding (how
+    branch_generate works: see capture_step and merged_layers).
+    Raises SystemExit if the folder has no model, another kind of model or a quantised one, weights are missing, or the
+    tokenizer does not fit.
     """
     check_model_folder(path, load)
     kwargs = {"dtype": torch.float32 if load == "fp32" else torch.bfloat16}
@@ -435,9 +489,14 @@ def load_backbone(path, load="bf16", min_pixels=None, max_pixels=None, device="c
         )  # fmt: skip
         kwargs["device_map"] = {"": device}
     try:
-        kind = AutoConfig.from_pretrained(path).model_type
-        if kind != "qwen2_5_vl":  # transformers would build a 7B model with random weights
-            raise ValueError(f"config.json has model_type {kind}")
+        config = AutoConfig.from_pretrained(path)
+        if config.model_type != "qwen2_5_vl":  # transformers would build a 7B model with random weights
+            raise ValueError(f"config.json has model_type {config.model_type}")
+        if stored := getattr(config, "quantization_config", None):  # an adapter could not be merged into such weights
+            raise SystemExit(
+                f"{path} is stored quantised ({stored.get('quant_method')}). Use the folder or hub id of the original model, "
+                "and --load 4bit to save memory."
+            )
         tokenizer = AutoTokenizer.from_pretrained(path)
         processor = Qwen2VLImageProcessorPil.from_pretrained(path)
         model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
@@ -465,14 +524,21 @@ def load_backbone(path, load="bf16", min_pixels=None, max_pixels=None, device="c
         "shortest_edge": min_pixels or processor.size["shortest_edge"],
         "longest_edge": max_pixels or processor.size["longest_edge"],
     }
-    ids, checksum = tokenizer.convert_tokens_to_ids, 0
-    for weight in model.parameters():
-        checksum = zlib.crc32(weight.detach().flatten()[:64].float().cpu().numpy().tobytes(), checksum)
+    stop = [tokenizer.convert_tokens_to_ids(token) for token in (STOP, "<|endoftext|>")]
     return SimpleNamespace(
         model=model.eval(), tokenizer=tokenizer, processor=processor, path=str(path), device=torch.device(device), frames=16,
-        checksum=checksum, stop=[ids(STOP), ids("<|endoftext|>")],
-        suppress=[ids(f"<|{name}|>") for name in ("vision_start", "vision_end", "image_pad", "video_pad")],
+        stop=stop, forbidden=forbidden_tokens(tokenizer, model, stop).to(device), seconds_per_grid=1.0,
+        cuda_graph=True, merge_decoding=True,
     )  # fmt: skip
+
+
+def forbidden_tokens(tokenizer, model, stop):
+    """(V,) bool: tokens that no completion may contain. Those are all special tokens except `stop` (a picture token would break
+    the next forward pass, and decoding hides the others from the rewards), and ids that the tokenizer does not know."""
+    forbidden = torch.arange(model.lm_head.out_features) >= len(tokenizer)
+    forbidden[[number for number, token in tokenizer.added_tokens_decoder.items() if token.special]] = True
+    forbidden[stop] = False
+    return forbidden
 
 
 def check_model_folder(path, load):
@@ -482,8 +548,15 @@ def check_model_folder(path, load):
     if (Path(path) / "adapter_config.json").is_file():
         raise SystemExit(f"{path} is a LoRA adapter, not a model. Use the folder model/ beside it, where the adapter is merged.")
     is_hub_id = re.fullmatch(r"(?!runs/)\w[\w.-]*/[\w.-]+", str(path)) and not Path(path).exists()
-    if not is_hub_id and not (Path(path) / "config.json").is_file():
-        raise SystemExit(f"{path} has no model (config.json is missing). Run the stage before this one, or set --model.")
+    if not is_hub_id and not has_model(path):
+        raise SystemExit(
+            f"{path} has no model (config.json or *.safetensors is missing). Run the stage before this one, or set --model."
+        )
+
+
+def has_model(folder):
+    """Whether a folder has a model's configuration and weights."""
+    return (Path(folder) / "config.json").is_file() and any(Path(folder).glob("*.safetensors"))
 
 
 def embed_patches_by_matrix(model):
@@ -518,26 +591,6 @@ def adapt(backbone, settings):
            + (f" in {adapted} LoRA modules" if adapted else ""))  # fmt: skip
 
 
-def save_model(backbone, folder):
-    """Merge the adapter and write `folder`/model, a plain Hugging Face folder, and the adapter beside it.
-
-    A 4-bit model's adapter is merged into the bf16 weights, loaded again on the CPU; never into the 4-bit weights.
-    model/ gets its name when it is whole.
-    """
-    folder, model = Path(folder), backbone.model
-    if isinstance(model, PeftModel):
-        model.save_pretrained(folder / "adapter")
-        if getattr(unwrap(model), "is_loaded_in_4bit", False):
-            plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(backbone.path, dtype=torch.bfloat16)
-            model = PeftModel.from_pretrained(plain, folder / "adapter")
-        model = model.merge_and_unload()
-    shutil.rmtree(folder / "model.new", ignore_errors=True)
-    for part in (model, backbone.tokenizer, backbone.processor):
-        part.save_pretrained(folder / "model.new")
-    shutil.rmtree(folder / "model", ignore_errors=True)
-    (folder / "model.new").rename(folder / "model")
-
-
 # ------------------------------------------------------------------------------------------------
 # 5. Branches: encode a scene once, branch its questions
 # ------------------------------------------------------------------------------------------------
@@ -550,6 +603,7 @@ class Prefix:
     ids: torch.Tensor  # (P,) token ids, one pad token for each picture token
     positions: torch.Tensor  # (3, P) M-RoPE positions: time, height, width
     features: torch.Tensor | None  # (picture tokens, width) from the vision tower
+    next_position: int  # of the text behind it: the largest position + 1
     name: str = ""  # ids of the scene's examples, for messages
 
 
@@ -584,27 +638,52 @@ def encode_scenes(backbone, scenes, keep=False, patches=None):
         for scene, (_, grids), part in zip(fresh, patches, features.split(counts)):
             video = scene.data_type == "video"
             ids = torch.tensor(encode_text(backbone.tokenizer, PREFIX_START + picture_text(grids, merge, video)))  # (P,)
-            kinds = (ids == model.config.image_token_id).int() + 2 * (ids == model.config.video_token_id).int()  # (P,)
-            positions, _ = model.get_rope_index(
-                ids[None], mm_token_type_ids=kinds[None], **{"video_grid_thw" if video else "image_grid_thw": grids}
-            )  # (3, 1, P)
+            is_picture = (ids == model.config.image_token_id) | (ids == model.config.video_token_id)
+            rate = backbone.seconds_per_grid * model.config.vision_config.tokens_per_second
+            positions = mrope_positions(is_picture, grids, merge, rate)  # (3, P)
             name = ", ".join(example.id for example in scene.examples) or scene.images[0]
-            prefixes[id(scene)] = Prefix(ids.to(backbone.device), positions[:, 0].to(backbone.device), part, name)
+            following = int(positions.max()) + 1
+            ids, positions = ids.to(backbone.device), positions.to(backbone.device)
+            prefixes[id(scene)] = Prefix(ids, positions, part, following, name)
             if keep:
                 scene.encoded = prefixes[id(scene)]
     return [scene.encoded or prefixes[id(scene)] for scene in scenes]
 
 
-def text_positions(prefix, count):
-    """Positions (3, count) of the text behind a prefix: they go on from the prefix's last token, equal in all three rows."""
-    start = int(prefix.positions[0, -1]) + 1
-    return torch.arange(start, start + count, device=prefix.ids.device).expand(3, -1)
+def mrope_positions(is_picture, grids, merge, rate):
+    """M-RoPE positions of a row of text and pictures (Qwen2.5-VL, arXiv 2502.13923, section 2.1).
+
+    is_picture (T,) bool, True at picture tokens. grids (pictures, 3): t, h, w in patches. rate: positions between two time
+    steps of a video. A text token has the same position three times. The tokens of a picture have their time step, row and
+    column, counted from the position after the text before it. What follows starts at the LARGEST position so far + 1, as in
+    Qwen's own code; transformers 5 starts after the picture's last token, which differs for videos.
+    Returns (3, T), long: time, height, width.
+    """
+    parts, start, grids = [], 0, iter(grids.tolist())
+    kinds, counts = torch.unique_consecutive(is_picture, return_counts=True)
+    for picture, count in zip(kinds.tolist(), counts.tolist()):
+        if picture:
+            t, h, w = next(grids)
+            part = torch.cartesian_prod(torch.arange(t), torch.arange(h // merge), torch.arange(w // merge)).T  # (3, count)
+            part = torch.stack([(part[0] * rate).long(), part[1], part[2]])
+        else:
+            part = torch.arange(count).expand(3, -1)
+        parts.append(start + part)
+        start = int(parts[-1].max()) + 1
+    return torch.cat(parts, dim=1)
+
+
+def text_positions(start, count, device):
+    """Positions (3, count) of text: counted from `start`, equal in all three rows."""
+    return torch.arange(start, start + count, device=device).expand(3, -1)
 
 
 def extend_prefix(prefix, ids):
     """The prefix followed by the text tokens `ids`, a new Prefix."""
-    positions = torch.cat([prefix.positions, text_positions(prefix, len(ids))], dim=1)  # (3, P + text)
-    return Prefix(torch.cat([prefix.ids, prefix.ids.new_tensor(ids)]), positions, prefix.features, prefix.name)
+    after = text_positions(prefix.next_position, len(ids), prefix.ids.device)
+    positions = torch.cat([prefix.positions, after], dim=1)  # (3, P + text)
+    ids = torch.cat([prefix.ids, prefix.ids.new_tensor(ids)])
+    return Prefix(ids, positions, prefix.features, prefix.next_position + after.shape[1], prefix.name)
 
 
 def check_lengths(backbone, prefixes, lengths):
@@ -618,7 +697,7 @@ def check_lengths(backbone, prefixes, lengths):
             )
 
 
-def embed(backbone, ids, features):
+def embed(backbone, ids, features=()):
     """Word embeddings of ids (any shape), with the picture tokens replaced by `features` (list of tensors) in order."""
     config = unwrap(backbone.model).config
     out = unwrap(backbone.model).get_input_embeddings()(ids)  # (..., width)
@@ -626,30 +705,43 @@ def embed(backbone, ids, features):
     return out.masked_scatter(is_picture[..., None], torch.cat(features).to(out.dtype)) if features else out
 
 
-def pack_layout(prefixes, branches, device):
+def pack_layout(prefixes, branches, device, slots=0):
     """Where each token of a packed row is. The row holds all prefixes, then all branches, without padding.
 
-    prefixes: B lengths; branches: B lists of lengths. Returns a namespace: prefix (B, P) and branch (N, C), the place in the
-    row of every padded slot (padding points at place 0); owner (N,), the prefix of each branch; mask (N, 1, C, P + C), what a
-    branch token attends to; unpad (T,), the padded slot of every token of the row; prefix_last (B,), the last prefix tokens.
+    prefixes: B lengths; branches: B lists of lengths, N in all. Returns a namespace: prefix (B, P) and branch (N, C), the
+    place in the row of every padded slot (padding points at place 0); owner (N,), the prefix of each branch; mask
+    (N, 1, C, P + C), what a branch token attends to, and sees (N, P), its part for the prefix; unpad (T,), the padded slot of
+    every token of the row; starts and ends, N integers each: the place of a branch's first and of its prefix's last token.
+    slots: if not 0, branch_attention stores keys and values in `cache`, with room for so many tokens of each branch.
     """
     counts = [len(lengths) for lengths in branches]
-    lengths = torch.tensor(prefixes), torch.tensor([n for lengths in branches for n in lengths])  # (B,), (N,)
-    starts = torch.cat(lengths).cumsum(0) - torch.cat(lengths)  # (B + N,) first token of each part
-    owner = torch.arange(len(prefixes)).repeat_interleave(torch.tensor(counts))  # (N,)
-    slots, valid = [], []
-    for first, length in zip(starts.split([len(n) for n in lengths]), lengths):
-        steps = torch.arange(int(length.max()))
-        valid.append(steps < length[:, None])  # (rows, longest)
-        slots.append((first[:, None] + steps) * valid[-1])
-    causal = torch.ones(valid[1].shape[1], valid[1].shape[1], dtype=torch.bool).tril()  # (C, C)
-    sees_prefix = valid[0][owner][:, None, None].expand(-1, 1, len(causal), -1)  # (N, 1, C, P)
-    mask = torch.cat([sees_prefix, causal.expand(len(owner), 1, -1, -1)], dim=-1)  # (N, 1, C, P + C)
-    unpad = torch.cat([v.flatten() for v in valid]).nonzero()[:, 0]  # (T,)
+    lengths = np.array(prefixes), np.array([n for lengths in branches for n in lengths], int)  # (B,), (N,)
+    starts = np.cumsum(np.concatenate(lengths)) - np.concatenate(lengths)  # (B + N,) first token of each part
+    starts = starts[: len(prefixes)], starts[len(prefixes) :]
+    owner = np.repeat(np.arange(len(prefixes)), counts)  # (N,)
+    valid = [np.arange(length.max(initial=0)) < length[:, None] for length in lengths]  # (B, P), (N, C)
+    places = [(first[:, None] + np.arange(v.shape[1])) * v for first, v in zip(starts, valid)]
+    ends = (starts[0] + lengths[0] - 1)[owner]  # (N,)
+    unpad = np.flatnonzero(np.concatenate([v.ravel() for v in valid]))  # (T,)
+    prefix, branch, owner, unpad, sees = (torch.tensor(x, device=device) for x in (*places, owner, unpad, valid[0][owner]))
+    own = torch.ones(branch.shape[1], branch.shape[1], dtype=torch.bool, device=device).tril()  # (C, C)
+    mask = torch.cat([sees[:, None].expand(-1, len(own), -1), own.expand(len(owner), -1, -1)], dim=-1)[:, None]  # (N, 1, C, P + C)
     return SimpleNamespace(
-        prefix=slots[0].to(device), branch=slots[1].to(device), owner=owner.to(device), mask=mask.to(device),
-        unpad=unpad.to(device), prefix_last=starts[: len(prefixes)] + lengths[0] - 1,
+        prefix=prefix, branch=branch, owner=owner, mask=mask, sees=sees, unpad=unpad, starts=starts[1].tolist(),
+        ends=ends.tolist(), slots=slots, cache=[],
     )  # fmt: skip
+
+
+def packed_forward(backbone, embeds, positions, layout):
+    """The language model's layers. embeds (rows, tokens, width), positions (3, rows, tokens) -> hidden (rows, tokens, width).
+
+    layout: a packed row (pack_layout), rows = 1; or one new token for each branch (see branch_generate), rows = N, tokens = 1.
+    """
+    language = unwrap(backbone.model).model.language_model
+    angles, hidden = language.rotary_emb(embeds, positions), embeds
+    for layer in language.layers:
+        hidden = layer(hidden, position_embeddings=angles, layout=layout)
+    return language.norm(hidden)
 
 
 def branch_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
@@ -660,6 +752,8 @@ def branch_attention(module, query, key, value, attention_mask, scaling=None, la
     """
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if hasattr(layout, "slot"):
+        return step_attention(query, key, value, scaling, layout, *layout.cache[module.layer_idx]), None
 
     def pad(packed, slots):  # (1, H, T, D) -> (rows, H, longest, D); index_select has the fast backward
         rows = packed[0].transpose(0, 1).index_select(0, slots.flatten())  # (rows * longest, H, D)
@@ -670,8 +764,14 @@ def branch_attention(module, query, key, value, attention_mask, scaling=None, la
 
     prefix_key, prefix_value = pad(key, layout.prefix), pad(value, layout.prefix)  # (B, kv heads, P, D)
     prefix_out = attend(pad(query, layout.prefix), prefix_key, prefix_value, is_causal=True)
-    branch_key = torch.cat([prefix_key.index_select(0, layout.owner), pad(key, layout.branch)], dim=2)  # (N, kv, P + C, D)
-    branch_value = torch.cat([prefix_value.index_select(0, layout.owner), pad(value, layout.branch)], dim=2)
+    own_key, own_value = pad(key, layout.branch), pad(value, layout.branch)  # (N, kv heads, C, D)
+    if layout.slots:
+        room = [F.pad(part, (0, 0, 0, layout.slots - part.shape[2])) for part in (own_key, own_value)]  # (N, kv heads, slots, D)
+        layout.cache.append((prefix_key, prefix_value, *room))
+    if not layout.branch.numel():  # a rollout's branches are empty
+        return prefix_out.transpose(1, 2).flatten(0, 1).index_select(0, layout.unpad)[None], None
+    branch_key = torch.cat([prefix_key.index_select(0, layout.owner), own_key], dim=2)  # (N, kv heads, P + C, D)
+    branch_value = torch.cat([prefix_value.index_select(0, layout.owner), own_value], dim=2)
     if query.is_cuda:  # a mask with grouped heads would leave only the kernel that writes all scores to memory
         groups = query.shape[1] // key.shape[1]
         branch_key, branch_value = (part.repeat_interleave(groups, dim=1) for part in (branch_key, branch_value))
@@ -680,47 +780,75 @@ def branch_attention(module, query, key, value, attention_mask, scaling=None, la
     return torch.cat(out).index_select(0, layout.unpad)[None], None
 
 
+def step_attention(query, key, value, scaling, state, prefix_key, prefix_value, own_key, own_value):
+    """Attention of one new token of each branch: to its prefix, whose keys all its branches share, and to its own tokens.
+
+    query (N, heads, 1, D), key and value (N, kv heads, 1, D) -> (N, 1, heads, D). Stores key and value in the branch's slot.
+    """
+    kv, width = key.shape[1], state.width
+    own_key[state.rows, :, state.slot], own_value[state.rows, :, state.slot] = key[:, :, 0], value[:, :, 0]
+    own_key, own_value = own_key[:, :, :width], own_value[:, :, :width]  # (N, kv, width, D)
+    query = (query[:, :, 0] * scaling).unflatten(1, (kv, -1))  # (N, kv, heads of a kv head, D)
+
+    def gather(x):  # (N, kv, heads, n) -> (B, kv, G * heads, n): the branches of a prefix as one matrix
+        x = x[state.grid] if state.ragged else x.unflatten(0, state.grid.shape)  # (B, G, kv, heads, n)
+        return x.transpose(1, 2).flatten(2, 3)
+
+    def scatter(x):  # and back
+        x = x.unflatten(2, (state.grid.shape[1], -1)).transpose(1, 2).flatten(0, 1)  # (B * G, kv, heads, n)
+        return x[state.place] if state.ragged else x
+
+    scores = torch.cat([scatter(gather(query) @ prefix_key.mT), query @ own_key.mT], dim=-1)  # (N, kv, heads, P + width)
+    weights = (scores.float() + state.mask).softmax(-1).to(value.dtype)
+    shared, own = weights.split([prefix_key.shape[2], width], dim=-1)
+    return (scatter(gather(shared) @ prefix_value) + own @ own_value).flatten(1, 2)[:, None]
+
+
 AttentionInterface.register("branches", branch_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register("branches", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 LOGITS_AT_ONCE = 1024  # tokens: each has 152,000 logits
 
 
-def branch_logprobs(backbone, prefixes, branches, chunk=LOGITS_AT_ONCE):
+def packed_row(backbone, prefixes, branches, slots=0):
+    """Run all prefixes and then all branches (B lists of lists of ids, N in all) as one row: (hidden (T, width), layout)."""
+    device, flat = backbone.device, [branch for group in branches for branch in group]
+    layout = pack_layout([len(prefix.ids) for prefix in prefixes], [list(map(len, group)) for group in branches], device, slots)
+    owners = [prefix for prefix, group in zip(prefixes, branches) for _ in group]
+    after = [text_positions(prefix.next_position, len(branch), device) for prefix, branch in zip(owners, flat)]
+    words = torch.tensor([token for branch in flat for token in branch], dtype=torch.long, device=device)
+    ids = torch.cat([*(prefix.ids for prefix in prefixes), words])  # (T,)
+    positions = torch.cat([*(prefix.positions for prefix in prefixes), *after], dim=1)  # (3, T)
+    features = [prefix.features for prefix in prefixes if prefix.features is not None]
+    return packed_forward(backbone, embed(backbone, ids, features)[None], positions[:, None], layout)[0], layout
+
+
+def branch_logprobs(backbone, prefixes, branches, sampler=False, chunk=LOGITS_AT_ONCE):
     """Log-probability of every completion token, with each prefix encoded once.
 
     prefixes: B Prefix. branches: B lists of (prompt ids, completion ids), N in all; a prompt may be empty.
     Returns logps (N, C), zero at padding; entropy (N, C) in nats, without gradient; mask (N, C), True at completion tokens.
     Equal to separate rows [prefix + prompt + completion], at the cost of P + sum(branch) tokens instead of N * P +
     sum(branch). Logits are computed at completion tokens only, `chunk` at a time.
+    sampler: of the distribution that branch_generate samples from, in which forbidden tokens have no probability (for GRPO:
+    sampler and scorer must be one distribution). SFT leaves them in, so that the saved model learns to avoid them by itself.
     """
-    model = unwrap(backbone.model)
+    model, device = unwrap(backbone.model), backbone.device
     flat = [branch for group in branches for branch in group]
-    lengths = [[len(p) + len(c) for p, c in group] for group in branches]
-    check_lengths(backbone, prefixes, lengths)
-    layout = pack_layout([len(prefix.ids) for prefix in prefixes], lengths, backbone.device)
-    tokens = [torch.tensor([*prompt, *completion], device=backbone.device) for prompt, completion in flat]
-    ids = torch.cat([prefix.ids for prefix in prefixes] + tokens)  # (T,)
-    owners = [prefix for prefix, group in zip(prefixes, branches) for _ in group]
-    after = [text_positions(prefix, len(ids)) for prefix, ids in zip(owners, tokens)]
-    positions = torch.cat([prefix.positions for prefix in prefixes] + after, dim=1)  # (3, T)
-    features = [prefix.features for prefix in prefixes if prefix.features is not None]
-    hidden = model.model.language_model(
-        inputs_embeds=embed(backbone, ids, features)[None], position_ids=positions[:, None],
-        attention_mask={"full_attention": None}, use_cache=False, layout=layout,
-    ).last_hidden_state[0]  # (T, width)  # fmt: skip
+    check_lengths(backbone, prefixes, [[len(prompt) + len(text) for prompt, text in group] for group in branches])
+    hidden, layout = packed_row(backbone, prefixes, [[[*prompt, *text] for prompt, text in group] for group in branches])
 
     # Token t of a branch is predicted at token t - 1; its first token is predicted at the last token of the prefix.
-    sources, targets = [], []
-    for row, (prompt, completion) in enumerate(flat):
-        first = int(layout.branch[row, 0])
-        before = first + len(prompt) - 1 if prompt else int(layout.prefix_last[layout.owner[row]])
-        sources += [before] + list(range(first + len(prompt), first + len(prompt) + len(completion) - 1))
-        targets += completion
-    sources, targets = torch.tensor(sources, device=backbone.device), torch.tensor(targets, device=backbone.device)
+    sources = []
+    for start, end, (prompt, text) in zip(layout.starts, layout.ends, flat):
+        first = start + len(prompt)  # of the completion
+        sources += [first - 1 if prompt else end, *range(first, first + len(text) - 1)]
+    sources = torch.tensor(sources, device=device)
+    targets = torch.tensor([token for _, text in flat for token in text], device=device)
 
     def score(hidden, targets):  # (n, width), (n,) -> (n,), (n,)
-        logits = model.lm_head(hidden).float().log_softmax(-1)  # (n, V)
-        entropy = -(logits.detach().exp() * logits.detach()).sum(-1)
+        logits = model.lm_head(hidden).float()  # (n, V)
+        logits = (logits.masked_fill_(backbone.forbidden, -torch.inf) if sampler else logits).log_softmax(-1)
+        entropy = torch.special.entr(logits.detach().exp()).sum(-1)
         return logits.gather(-1, targets[:, None])[:, 0], entropy
 
     parts = []
@@ -729,89 +857,220 @@ def branch_logprobs(backbone, prefixes, branches, chunk=LOGITS_AT_ONCE):
             parts.append(torch.utils.checkpoint.checkpoint(score, rows, wanted, use_reentrant=False))
         else:
             parts.append(score(rows, wanted))
-    lengths = torch.tensor([len(completion) for _, completion in flat], device=backbone.device)
-    mask = torch.arange(int(lengths.max()), device=backbone.device) < lengths[:, None]  # (N, C)
-    zeros = torch.zeros(mask.shape, device=backbone.device)
+    lengths = [len(text) for _, text in flat]
+    mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]  # (N, C)
+    zeros = torch.zeros(mask.shape, device=device)
     logps, entropy = (zeros.masked_scatter(mask, torch.cat(column)) for column in zip(*parts))
     return logps, entropy, mask
 
 
 @torch.no_grad()
-def branch_generate(backbone, prefixes, branches, max_new_tokens, temperature=0.0):
-    """Complete every branch, with each prefix encoded once.
+def row_logprobs(backbone, prefix, completion):
+    """Log-probabilities (C,) of a completion under the sampler, from a plain causal row [prefix + completion], to check
+    branch_logprobs."""
+    hidden, _ = packed_row(backbone, [extend_prefix(prefix, completion)], [[[]]])
+    logits = unwrap(backbone.model).lm_head(hidden[-len(completion) - 1 : -1]).float()  # (C, V)
+    logps = logits.masked_fill(backbone.forbidden, -torch.inf).log_softmax(-1)
+    return logps.gather(-1, torch.tensor(completion, device=backbone.device)[:, None])[:, 0]
 
-    prefixes: B Prefix. branches: B lists of prompt ids, N in all (either all have a prompt, or none: in a rollout the prefix
-    has the question). temperature 0 is greedy; above 0 samples from the model's own distribution (no top-k, top-p or penalty:
-    sampler and scorer must be one distribution), but never a vision token, which would break the next forward pass.
+
+@contextlib.contextmanager
+def merged_layers(backbone):
+    """Inside, every adapted layer computes with one matrix in the model's dtype, its own weights plus the adapter's.
+
+    For decoding: an adapter costs more launches than arithmetic at one token, and 4-bit weights would be dequantised again at
+    every token. The matrices are a copy (5.6 GB for the 3B model in bf16), freed at the end.
+    """
+    layers = [module for module in backbone.model.modules() if hasattr(module, "lora_A")] if backbone.merge_decoding else []
+    for layer in layers:
+        weight = dequantize_module_weight(layer.base_layer)
+        weight = (weight + layer.get_delta_weight("default")).to(unwrap(backbone.model).dtype)
+        layer.forward = partial(F.linear, weight=weight, bias=layer.base_layer.bias)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@torch.no_grad()
+def branch_generate(backbone, prefixes, branches, max_new_tokens, temperature=0.0):
+    """Complete every branch, with each prefix encoded and its keys and values stored once.
+
+    prefixes: B Prefix. branches: B lists of prompt ids, N in all; a prompt may be empty (in a rollout the prefix has the
+    question). temperature 0 is greedy; above 0 samples from the model's own distribution (no top-k, top-p or penalty: sampler
+    and scorer must be one distribution).
     Returns B lists of completion ids, with the end token where it was reached.
-    Runs in eval mode: train mode with gradient checkpointing would drop the cache.
+    Raises FloatingPointError, naming the scene, if the model's output is not finite.
+    Runs in eval mode. On a GPU the step is captured as a CUDA graph (backbone.cuda_graph), and the host looks at finished
+    rows every 16 tokens; on a CPU it looks at every token.
     """
     check_lengths(backbone, prefixes, [[len(prompt) + max_new_tokens for prompt in group] for group in branches])
-    model, device = unwrap(backbone.model), backbone.device
     was_training = backbone.model.training
     backbone.model.eval()
-    longest = max(len(prefix.ids) for prefix in prefixes)
-    ids = torch.zeros(len(prefixes), longest, dtype=torch.long, device=device)  # (B, P), padded on the left
-    positions = torch.zeros(3, len(prefixes), longest, dtype=torch.long, device=device)
-    mask = torch.zeros(len(prefixes), longest, dtype=torch.long, device=device)
-    for row, prefix in enumerate(prefixes):
-        ids[row, -len(prefix.ids) :] = prefix.ids
-        positions[:, row, -len(prefix.ids) :] = prefix.positions
-        mask[row, -len(prefix.ids) :] = 1
-    features = [prefix.features for prefix in prefixes if prefix.features is not None]
-    cache = DynamicCache(config=model.config)
-
-    def forward(embeds, positions, mask):  # -> hidden state of the last token, (rows, width)
-        out = model.model.language_model(
-            inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
-        )
-        return out.last_hidden_state[:, -1]
-
-    hidden = forward(embed(backbone, ids, features), positions, mask)  # (B, width)
-    owner = torch.arange(len(prefixes), device=device).repeat_interleave(
-        torch.tensor([len(group) for group in branches], device=device)
-    )  # (N,)
-    cache.batch_select_indices(owner)  # one copy of its prefix for each branch
-    hidden, mask, next_position = hidden[owner], mask[owner], positions[0, :, -1][owner] + 1  # (N, width), (N, P), (N,)
-    prompts = [prompt for group in branches for prompt in group]
-    if any(prompts):
-        if not all(prompts):
-            raise ValueError("either every branch has a prompt or none has")
-        width = max(len(prompt) for prompt in prompts)
-        ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)  # (N, Q)
-        real = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-        mask = torch.cat([mask, real], dim=1)
-        text = (next_position[:, None] + real.cumsum(1) - 1).expand(3, -1, -1)  # (3, N, Q)
-        hidden = forward(embed(backbone, ids, []), text, mask)
-        next_position = next_position + real.sum(1)
-
-    stop = torch.tensor(backbone.stop, device=device)
-    completions = [[] for _ in prompts]
-    live = torch.arange(len(prompts), device=device)  # (live,) the branches that are still in the cache
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # (live,) those of them that have ended
-    for step in range(max_new_tokens):
-        logits = model.lm_head(hidden).float()  # (live, V)
-        logits[:, backbone.suppress] = -torch.inf
-        if temperature == 0:
-            token = logits.argmax(-1)  # (live,)
-        else:
-            token = torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
-        for row, value, ended in zip(live.tolist(), token.tolist(), done.tolist()):
-            if not ended:
-                completions[row].append(value)
-        done = done | torch.isin(token, stop)
-        if step + 1 == max_new_tokens or done.all():
-            break
-        if done.float().mean() > 0.25:  # drop ended rows now and then: copying the cache costs time, too
-            kept = (~done).nonzero()[:, 0]
-            cache.batch_select_indices(kept)
-            live, done, token, mask, next_position = (x[kept] for x in (live, done, token, mask, next_position))
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        hidden = forward(embed(backbone, token[:, None], []), next_position.expand(3, 1, -1).transpose(1, 2), mask)
-        next_position = next_position + 1
+    with merged_layers(backbone):
+        completions = decode_rows(backbone, prefixes, branches, max_new_tokens, temperature)
     backbone.model.train(was_training)
     grouped = iter(completions)
     return [[next(grouped) for _ in group] for group in branches]
+
+
+def decode_rows(backbone, prefixes, branches, max_new_tokens, temperature):
+    """branch_generate, without its checks: a list of N completions."""
+    state = start_decoding(backbone, prefixes, branches, max_new_tokens, temperature)
+    rows = [(prefix, []) for prefix, group in zip(prefixes, branches) for _ in group]  # of state: (prefix, completion)
+    completions, gpu, replay, captured = [ids for _, ids in rows], backbone.device.type == "cuda", None, 0
+    longest = max(len(prompt) for group in branches for prompt in group)
+    for count in range(1, max_new_tokens + 1):  # tokens so far
+        if not gpu or count % 16 == 0 or count == max_new_tokens:  # look at them, which waits for a GPU
+            left = collect_tokens(state, rows, count, backbone.stop, 0.5 if gpu else 0.75)
+            rows, replay = left, replay if left is rows else None
+        if count == max_new_tokens or not rows:
+            break
+        # Slots that no row has reached yet are not read. On a GPU the width rises in large steps: each needs a new graph.
+        state.width = longest + count if not gpu else min(longest + max_new_tokens, -(-(longest + count) // 256) * 256)
+        if replay and state.width == captured:
+            replay()
+        else:
+            decode_step(backbone, state)
+            captured, replay = state.width, capture_step(backbone, state) if gpu and backbone.cuda_graph else None
+    return completions
+
+
+@dataclass
+class DecodeState:
+    """What decode_step reads and changes in place. N rows, each with its own number of tokens; B prefixes."""
+
+    cache: list  # for each layer: keys and values of the prefixes (B, kv heads, P, D) and of the rows (N, kv heads, slots, D)
+    sees: torch.Tensor  # (N, P) True at the tokens of a row's prefix
+    token: torch.Tensor  # (N,) the last token
+    slot: torch.Tensor  # (N,) where its key and value go
+    position: torch.Tensor  # (N,)
+    tokens: torch.Tensor  # (N, max_new_tokens) all new tokens
+    count: torch.Tensor  # (1,) how many there are
+    done: torch.Tensor  # (N,) True after an end token; what follows it is ignored
+    bad: torch.Tensor  # (N,) True if the logits were not finite
+    stop: torch.Tensor  # end tokens
+    temperature: float
+    width: int = 0  # slots that are read
+    owners: np.ndarray = None  # (N,) the prefix of each row
+    grid: torch.Tensor = None  # (B, G) the rows of each prefix, padded with row 0
+    place: torch.Tensor = None  # (N,) where each row is in the grid
+    rows: torch.Tensor = None  # (N,) 0, 1, 2, ...
+    ragged: bool = False  # whether the prefixes have unequal numbers of rows
+    mask: torch.Tensor = None  # (N, 1, 1, P + width) 0 where a row attends, else -inf
+
+
+def start_decoding(backbone, prefixes, branches, max_new_tokens, temperature):
+    """Run prefixes and prompts, and sample the first token of each branch: a DecodeState."""
+    device, prompts = backbone.device, [prompt for group in branches for prompt in group]
+    slots = max(map(len, prompts)) + max_new_tokens
+    hidden, layout = packed_row(backbone, prefixes, branches, slots)
+    owners = [row for row, group in enumerate(branches) for _ in group]
+    following = [prefixes[row].next_position + len(prompt) for row, prompt in zip(owners, prompts)]
+    like = {"dtype": torch.long, "device": device}
+    state = DecodeState(
+        cache=layout.cache, sees=layout.sees, token=torch.zeros(len(prompts), **like),
+        slot=torch.tensor([len(prompt) for prompt in prompts], **like), position=torch.tensor(following, **like),
+        tokens=torch.zeros(len(prompts), max_new_tokens, **like), count=torch.zeros(1, **like),
+        done=torch.zeros(len(prompts), dtype=torch.bool, device=device),
+        bad=torch.zeros(len(prompts), dtype=torch.bool, device=device), stop=torch.tensor(backbone.stop, **like),
+        temperature=temperature,
+    )  # fmt: skip
+    group_rows(state, owners, device)
+    last = [start + len(prompt) - 1 if prompt else end for start, end, prompt in zip(layout.starts, layout.ends, prompts)]
+    sample_tokens(backbone, state, hidden.index_select(0, torch.tensor(last, device=device)))  # predicted at the last token
+    return state
+
+
+def group_rows(state, owners, device):
+    """Set owners, grid, place and rows of a DecodeState. owners: the prefix of each row, ascending."""
+    owners = np.array(owners)
+    counts = np.bincount(owners)  # (B,)
+    within = np.arange(len(owners)) - (np.cumsum(counts) - counts)[owners]  # (N,) number of a row among its siblings
+    grid, rows = np.zeros((len(counts), counts.max()), int), np.arange(len(owners))
+    grid[owners, within] = rows
+    place = owners * grid.shape[1] + within
+    state.owners, state.ragged = owners, grid.size > len(owners)
+    state.grid, state.place, state.rows = (torch.tensor(x, device=device) for x in (grid, place, rows))
+
+
+def keep_rows(state, live):
+    """Drop all rows but `live` (a list of row numbers), and the prefixes that no row needs any more."""
+    used, owners = np.unique(state.owners[live], return_inverse=True)
+    live, used = (torch.tensor(x, device=state.slot.device) for x in (live, used))
+    for name in ("token", "slot", "position", "done", "bad", "tokens", "sees"):
+        setattr(state, name, getattr(state, name).index_select(0, live))
+    prefixes = len(state.cache[0][0])
+    for layer, (*shared, own_key, own_value) in enumerate(state.cache):
+        shared = shared if len(used) == prefixes else [part.index_select(0, used) for part in shared]
+        state.cache[layer] = (*shared, own_key.index_select(0, live), own_value.index_select(0, live))
+    group_rows(state, owners, live.device)
+
+
+def decode_step(backbone, state):
+    """Run the model on the last token of every row and sample the next one. Nothing in it waits for the device."""
+    own = torch.arange(state.width, device=state.slot.device) <= state.slot[:, None]  # (N, width)
+    mask = torch.cat([state.sees, own], dim=1)[:, None, None]  # (N, 1, 1, P + width)
+    state.mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
+    positions = state.position.expand(3, 1, -1).transpose(1, 2)  # (3, N, 1)
+    hidden = packed_forward(backbone, embed(backbone, state.token[:, None]), positions, state)[:, 0]  # (N, width)
+    state.slot += 1
+    state.position += 1
+    sample_tokens(backbone, state, hidden)
+
+
+def capture_step(backbone, state):
+    """Record decode_step as a CUDA graph: a function that replays it without launching its kernels one by one; None where
+    that is not possible."""
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # records, and runs nothing
+            decode_step(backbone, state)
+    except RuntimeError as error:
+        print0(f"decoding without a CUDA graph, which is slower: {str(error).splitlines()[0]}")
+        backbone.cuda_graph = False
+        return None
+    return graph.replay
+
+
+def sample_tokens(backbone, state, hidden):
+    """Sample a token for each row from the hidden states (N, width) of its last one, and store it."""
+    logits = unwrap(backbone.model).lm_head(hidden).float().masked_fill_(backbone.forbidden, -torch.inf)  # (N, V)
+    state.bad |= ~(logits.amax(-1).isfinite() | state.done)
+    if state.temperature == 0:
+        token = logits.argmax(-1)  # (N,)
+    else:  # as torch.multinomial does it, without its check, for which the host would wait
+        chance = (logits / state.temperature).softmax(-1)
+        token = (chance / torch.empty_like(chance).exponential_()).argmax(-1)
+    state.token.copy_(token)
+    state.tokens.index_copy_(1, state.count, token[:, None])
+    state.count += 1
+    state.done |= (token[:, None] == state.stop).any(1)
+
+
+def collect_tokens(state, rows, count, stop, share):
+    """Read the `count` tokens of each row, and drop the rows that have ended once at most `share` of them go on.
+
+    rows: [(prefix, completion ids)], in the order of the state's; their ids are extended. Returns the rows that are left.
+    """
+    done, bad = state.done.tolist(), state.bad.tolist()
+    if any(bad):
+        prefix, ids = rows[bad.index(True)]
+        raise FloatingPointError(
+            f"the model's output is not finite (after {len(ids)} or more tokens of an answer to {prefix.name})"
+        )
+    read = max(len(ids) for _, ids in rows)
+    for (_, ids), tokens in zip(rows, state.tokens[:, read:count].tolist()):
+        if not (ids and ids[-1] in stop):
+            end = next((place for place, token in enumerate(tokens, 1) if token in stop), len(tokens))
+            ids += tokens[:end]
+    live = [row for row, ended in enumerate(done) if not ended]
+    if len(live) > share * len(rows):
+        return rows
+    if live:
+        keep_rows(state, live)
+    return [rows[row] for row in live]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -821,14 +1080,24 @@ def branch_generate(backbone, prefixes, branches, max_new_tokens, temperature=0.
 INSIDE = r"(?:(?!</?think>|</?answer>).)*"
 FORMAT = re.compile(rf"\s*<think>{INSIDE}</think>\s*<answer>{INSIDE}</answer>\s*", re.DOTALL)
 ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
-DIGITS = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+"
-NUMBER = re.compile(rf"(?:about |approximately |around )?({DIGITS})\s*([a-z\u00b2 ]*[.23]?)\.?")
-UNITS = {"", "m", "m2", "m\u00b2", "sqm", "sq m", "meter", "meters", "metre", "metres", "cm", "centimeter", "centimeters",
-         "centimetre", "centimetres", "square meters", "square metres", "square meter", "square metre"}  # fmt: skip
 ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen"
 WORDS = {word: number for number, word in enumerate((ONES + " nineteen").split())}
 for _tens, _word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2):
     WORDS |= {_word: 10 * _tens} | {f"{_word}-{one}": 10 * _tens + n for n, one in enumerate(ONES.split()[1:10], 1)}
+LATEX = re.compile(r"\\(?:boxed|text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
+LEAD = re.compile(r"(?:(?:the |my )?(?:final |correct )?(?:answer|option|choice)(?: is)?(?:\s*:\s*|\s+))*", re.IGNORECASE)
+CHOICE = re.compile(r"\(?([A-Za-z])\)?[.:)]*(?: (.*))?")
+DIGITS = r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:e[-+]?\d{1,3})?"
+SPELLED = "|".join(sorted(WORDS, key=len, reverse=True)).replace("-", "[- ]")
+UNIT = r"(?: ?(?:sq )?(?:c?m|sqm|(?:centi)?met(?:er|re)s?)(?: ?\^ ?2|2|\u00b2)?)?"
+NUMBER = re.compile(
+    rf"(?:(?:about|approximately|around|roughly) |[~\u2248] ?)?({DIGITS}|{SPELLED}){UNIT}((?: [a-z][a-z'-]+(?:\(s\))?){{0,2}})\.?"
+)
+CHANGING = set(WORDS) | set(  # behind a number: they change it, deny it, or are units that no question asks for
+    "or and to than of point over times by plus minus not no hundred thousand million billion dozen half third thirds quarter "
+    "quarters percent mm millimeter millimeters millimetre millimetres km kilometer kilometers kilometre kilometres ft foot feet "
+    "inch inches yard yards mile miles".split()
+)
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # (10,) of mean relative accuracy
 
 
@@ -839,39 +1108,53 @@ def extract_answer(text):
     return (text[start + len("<answer>") : text.index("</answer>", start)] if start >= 0 else text).strip()
 
 
-def parse_choice(text, options):
-    """The letter of the option that a short answer names, or None: "B", "(B)", "B.", "B. right", "right", "The answer is B".
+@lru_cache(maxsize=1024)
+def bare_answer(text):
+    """A short answer on one line, without "The answer is:", Markdown's ** and ``, and LaTeX's $, \\( \\), \\boxed{}, \\text{}."""
+    text = re.sub(r"(?<!\d)\*\*|\*\*(?!\d)", "", text).replace("^{2}", "^2")  # ** but not that of 5**6
+    for _ in range(3):  # \boxed{\text{B}}: from the inside to the outside
+        text = LATEX.sub(r" \1 ", text)
+    text = " ".join(re.sub(r"\$|\\[,()\[\]]", " ", text).split()).strip("*_` ")
+    return text[LEAD.match(text).end() :]
 
-    An answer that names no option, or several ("A or B"), is None.
+
+def parse_choice(text, options):
+    """The letter of the one option that a short answer names, or None.
+
+    Read are the letter ("B", "b.", "(B)"), the option's words ("right"), both ("B. right", "(B) right"), and each of them in
+    what bare_answer removes ("The answer is: B", "**B**", "\\boxed{B}"). No option or several ("A or B") are None.
     """
-    text = re.sub(r"^(?:the )?(?:correct )?(?:answer|option)(?: is|:)?\s+", "", text.strip(), flags=re.IGNORECASE).strip()
-    words = {option[0].upper(): option[1:].lstrip(".): ").strip().lower() for option in options}
-    for letter, option in words.items():
-        bare = re.fullmatch(r"\(?([A-Za-z])\)?[.:)]*(?:\s+(.*?))?\.?", text, re.DOTALL)
-        if bare and bare[1].upper() == letter and (bare[2] or option).lower() == option:
-            return letter
+    text = bare_answer(text)
+    words = {option[0].upper(): bare_answer(option[1:].lstrip(".): ")).lower().rstrip(".") for option in options}
+    named = CHOICE.fullmatch(text)
+    letter = named[1].upper() if named else None
+    if letter in words and bare_answer(named[2] or "").lower().rstrip(".") in ("", words[letter]):
+        return letter
     matches = [letter for letter, option in words.items() if option and text.lower().rstrip(".") == option]
     return matches[0] if len(matches) == 1 else None
 
 
 def parse_number(text):
-    """The number in a short answer, a float, or None: "1,200", "-3", "two", "2.5 m", "about 2.5 meters".
+    """The number in a short answer, a float, or None.
 
-    Text with no number or with several, nan and inf are None.
+    Read are digits ("1,200", "-3", "2.5e0") and words ("two"), also behind "about", with a unit ("2.5 m", "2.5 m^2", "116 cm")
+    or one or two words after it ("4 chairs"), and in what bare_answer removes ("The answer is: 4", "\\boxed{2.5}"). The unit
+    is not converted: "2.5 cm" is 2.5. Several numbers ("2 or 3", "4 chairs or 5"), words that change a number ("4 dozen"),
+    units that no question asks for ("8 feet"), nan, inf and text without a number are None.
     """
-    text = str(text).strip().lower()
-    spelled = "-".join(text.rstrip(".").split())
-    if spelled in WORDS:
-        return float(WORDS[spelled])
-    found = NUMBER.fullmatch(text)
-    if not found or found[2].strip().rstrip(".") not in UNITS:
+    found = NUMBER.fullmatch(bare_answer(str(text)).lower())
+    if not found or CHANGING & set(found[2].split()):
         return None
-    value = float(found[1].replace(",", ""))
+    digits = found[1].replace(" ", "-")
+    value = float(WORDS.get(digits, digits.replace(",", "")))
     return value if math.isfinite(value) else None
 
 
 def parse_boxes(text):
-    """A JSON list of {"bbox_2d", "label"} as a list, or None if the text is anything else."""
+    """A JSON list of {"bbox_2d", "label"} as a list, also inside a ```json fence; None if the text is anything else."""
+    text = text.strip()
+    if text.startswith("```") and text.endswith("```"):
+        text = text[3:-3].removeprefix("json")
     try:
         boxes = json.loads(text)
     except (ValueError, RecursionError):
@@ -918,8 +1201,9 @@ def match_boxes(predicted, wanted):
 def score_answers(texts, examples):
     """Score N completions at once: the accuracy reward of stage 3 and the metric of eval.py.
 
-    examples: N Example (locate: with boxes in the pixels that the model sees). Choices score 0 or 1, numbers their mean
-    relative accuracy, boxes their mean IoU, where a box too many counts as a miss.
+    examples: N Example (locate: with boxes in the pixels that the model sees). The text in the last <answer> block, or the
+    whole text without one, is read by parse_choice, parse_number or parse_boxes; their docstrings say what they accept.
+    Choices score 0 or 1, numbers their mean relative accuracy, boxes their mean IoU, where a box too many counts as a miss.
     Returns scores (N,) float64 and legal (N,) bool: whether the answer is one of the options, a number, or boxes.
     """
     scores, legal = np.zeros(len(texts)), np.zeros(len(texts), bool)

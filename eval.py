@@ -7,30 +7,33 @@ id uses the network.
 
     python eval.py          # base, stage 1, stage 2, cold start, stage 3; about a minute on two cores
     python eval.py --model runs/3b/stage3/model --benchmarks vsi spbench-si spbench-mv cvbench spar viewspatial --data <root>
+    python eval.py --model <any> --benchmarks stage0 --data <folder> --samples 4 --traces traces.jsonl    # a cold start of your own
     python eval.py --curves runs/toy/stage3 runs/no-stage1/stage3      # reward and held-out score of several runs, one plot
 
 Every table also shows the best constant guess. skill = mean over question types of (score - guess) / (1 - guess): 0 is the
 guess, 1 is perfect. Benchmarks are scored twice: `strict` is right, `paper` repeats the published scorers, faults included,
 so that published numbers can be compared.
 
-Writes runs/<preset>/eval (with --benchmarks: --out): predictions.jsonl (each answer as soon as it is there; rerun the same
-command to resume), scores.json, table.txt (also printed), report.html (tables, bars and answers, one file) and, for the toy,
-ladder.png and boxes.png.
+Writes runs/<preset>/eval (with --benchmarks: eval/ beside the model's folder): predictions.jsonl (each answer as soon as it is
+there; rerun the same command to resume), scores.json, table.txt (also printed), report.html (tables, bars and answers, one file)
+and, for the toy, ladder.png and boxes.png. A stored answer counts only for the same question, truth and pictures.
 """
 
 import hashlib
 import json
 import random
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from tqdm import tqdm
 
 import common
-from support import benchmarks, report, runs
+from support import benchmarks, files, memory, report, runs
 from support.benchmarks import BENCHMARKS, HINTS, VSI_VERSIONS, Item
 from support.runs import Settings, setting
 
@@ -49,13 +52,15 @@ class EvalSettings(Settings):
     """Evaluation. --model names one model in place of the toy's ladder; --data is the toy's folder, or the folder that holds
     the benchmarks' folders (VSI-Bench, SPBench, CV-Bench, SPAR-Bench, ViewSpatial-Bench)."""
 
+    out: str = setting("", "folder of the results; empty: runs/<preset>/eval, or with --benchmarks eval/ beside the model's folder")
     benchmarks: list[str] = word_list("benchmarks to score --model on; stage0: a folder made by stage 0", BENCHMARKS)
     mode: str = setting("think", "prompt of a benchmark's questions: think or direct", ("think", "direct"))
     questions: int = setting(0, "number of questions, sampled by seed; 0: 600 of the toy's, all of a benchmark's")
     boxes: int = setting(160, "toy: number of held-out localisation questions (0: all)")
     max_new_tokens: int = setting(0, "longest completion; 0: 1,024 thinking and 128 direct (the toy: 112 and 16)")
-    eval_batch: int = setting(256, "questions answered at once; less needs less memory")
-    load: str = setting("bf16", "benchmarks: weights in memory, fp32, bf16 or 4bit", common.LOADS)
+    eval_batch: int = setting(0, "questions answered at once; 0: 256 for a model of under 100 million parameters, else 16")
+    load: str = setting("auto", "benchmarks: weights in memory, fp32, bf16 or 4bit; auto: bf16 on a GPU, fp32 on a CPU",
+                        ("auto", *common.LOADS))  # fmt: skip
     frames: int = setting(32, "benchmarks: frames of a video, at equal steps (the paper: 32)")
     min_pixels: int = setting(16 * 28 * 28, "benchmarks: smallest picture in pixels (the paper)")
     max_pixels: int = setting(512 * 28 * 28, "benchmarks: largest picture in pixels (the paper)")
@@ -63,12 +68,22 @@ class EvalSettings(Settings):
     allow_missing: bool = setting(False, "skip questions whose pictures are missing (the table says how many)")
     hint: str = setting("", "stage0: draw the boxes of the objects in the question on the picture; box+line: also a line "
                             "between them", HINTS)  # fmt: skip
-    samples: int = setting(0, "benchmarks: also K sampled answers a question, for their semantic entropy")
+    samples: int = setting(0, "benchmarks: also K sampled answers a question, for their semantic entropy and for traces")
+    traces: str = setting("", "stage0: write right answers to this file, as thinking traces for stage 3's cold start")
+    trace_score: float = setting(0.9, "smallest score of a trace's answer (choices score 0 or 1)")
+    traces_per_type: int = setting(180, "traces of each question type, at most (the paper has 1,255 of seven types); 0: all")
     attention: int = setting(0, "stage0: number of questions on which to measure the answer's attention to the boxes")
     curves: list[str] = word_list("folders of runs to draw in one plot; nothing else is done")
 
+    def __post_init__(self):
+        """Each model has its own folder of benchmark results."""
+        if self.benchmarks and self.model and not self.out:
+            path = Path(self.model)
+            self.out = str(path.parent / "eval" if path.name == "model" else Path("runs") / "eval" / path.name)
 
-PRESETS = {"toy": {}, "3b": {"eval_batch": 16}}
+
+PRESETS = {"toy": {}, "3b": {}}
+LIMITS, TOY_LIMITS = {"direct": 128, "think": 1024}, {"direct": 16, "think": 112, "locate": 112}  # new tokens
 LADDER = ("base", "stage1", "stage2", "coldstart", "stage3")
 DIRECT = ("base", "stage1", "stage2")  # not trained to think: direct answers only
 
@@ -78,16 +93,27 @@ DIRECT = ("base", "stage1", "stage2")  # not trained to think: direct answers on
 
 
 def fingerprint(path):
-    """A short name for the weights in a model folder (from the first row of each), or a hub id as it stands."""
-    files = sorted(Path(path).glob("*.safetensors"))
-    if not files:
-        return str(path)
+    """A short name for a model folder, from the first row of each weight and all of config, tokenizer and image processor; of a
+    hub id: its commit in the local cache, or the id itself."""
+    if not Path(path).is_dir():
+        cached = try_to_load_from_cache(path, "config.json")
+        return Path(cached).parent.name if isinstance(cached, str) else str(path)
     digest = hashlib.sha256()
-    for file in files:
+    for file in sorted(Path(path).glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             for name in sorted(opened.keys()):
                 digest.update(name.encode() + opened.get_slice(name)[:1].float().numpy().tobytes())
+    for file in sorted([*Path(path).glob("*.json"), *Path(path).glob("*.txt")]):
+        digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def row_digest(item):
+    """A digest of what an answer and its score depend on: the row, the question as it is asked, its truth, and its pictures (or
+    video), all their bytes."""
+    pictures = [benchmarks.file_digest(path) for path in item.example.images]
+    parts = [item.row, asdict(item.example) | {"images": pictures}]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def key_of(row):
@@ -95,10 +121,15 @@ def key_of(row):
     return row["model"], row["mode"], row["temperature"], row["sample"], row["id"]
 
 
-def open_predictions(folder, header, resume="auto"):
+def open_predictions(folder, header, resume="auto", items=()):
     """The answers that an earlier run left in `folder`: {key: row}; see key_of. header (a dict) says how they were made, and
-    is the first line of predictions.jsonl. Raises SystemExit if they were made with other settings."""
+    is the first line of predictions.jsonl. Raises SystemExit if they were made with other settings.
+
+    items: those that will be asked. They get their digest; answers that were given to other questions with their ids are dropped.
+    """
     path, done = folder / "predictions.jsonl", {}
+    for item in items:
+        item.digest = row_digest(item)
     runs.barrier()  # all processes have written all their answers
     parts = [path, *sorted(folder.glob("predictions.*.jsonl"))] if resume == "auto" else []
     for part in parts:
@@ -116,6 +147,12 @@ def open_predictions(folder, header, resume="auto"):
                         )
             else:
                 done[key_of(row)] = row
+    digests = {item.example.id: item.digest for item in items}
+    others = [key for key, row in done.items() if row["id"] in digests and row.get("digest") != digests[row["id"]]]
+    for key in others:
+        del done[key]
+    if others:
+        common.print0(f"{path}: {len(others)} answers are to other questions or pictures than those of now; they are asked anew")
     runs.barrier()
     if runs.rank() == 0:
         save_predictions(folder, header, done.values())
@@ -126,9 +163,15 @@ def open_predictions(folder, header, resume="auto"):
 def save_predictions(folder, header, rows):
     """Write all answers into one predictions.jsonl, header first, and remove the files of the single processes."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in ({"settings": header}, *rows)]
-    runs.write_atomic(folder / "predictions.jsonl", "".join(lines))
+    files.write_atomic(folder / "predictions.jsonl", "".join(lines))
     for part in folder.glob("predictions.*.jsonl"):
         part.unlink()
+
+
+def shared_scenes(items):
+    """The scenes of `items` that this process answers. Those of similar length are neighbours: little padding."""
+    scenes = common.group_scenes([item.example for item in items])
+    return runs.share(sorted(scenes, key=lambda scene: (scene.data_type, len(scene.images))))
 
 
 def answer_items(backbone, items, name, mode, temperature, sample, settings, done):
@@ -139,10 +182,8 @@ def answer_items(backbone, items, name, mode, temperature, sample, settings, don
     """
     rank, toy = runs.rank(), items[0].benchmark == "toy"
     by_id = {item.example.id: item for item in items}
-    scenes = common.group_scenes([item.example for item in items])
-    scenes.sort(key=lambda scene: (scene.data_type, len(scene.images)))  # similar in length: little padding
-    scenes = runs.share(scenes)
-    limits = {"direct": 16, "think": 112, "locate": 112} if toy else {"direct": 128, "think": 1024}
+    scenes = shared_scenes(items)
+    limit = settings.max_new_tokens or (TOY_LIMITS if toy else LIMITS)[mode]
     path = Path(settings.out) / ("predictions.jsonl" if rank == 0 else f"predictions.{rank}.jsonl")
     label = f"{name} {mode}" + (f" sample {sample or 1}" if temperature else "")
     bar = Progress(len(items), sum(len(scene.examples) for scene in scenes), label, rank > 0)
@@ -156,17 +197,16 @@ def answer_items(backbone, items, name, mode, temperature, sample, settings, don
         return known
 
     for part, texts in runs.answer_batches(
-        backbone, scenes, mode, settings.max_new_tokens or limits[mode], temperature, settings.eval_batch, keep=toy,
-        seed=f"{settings.seed} {sample}", skip=is_done,
+        backbone, scenes, mode, limit, temperature, settings.eval_batch, toy, f"{settings.seed} {sample}", is_done
     ):  # fmt: skip
         rows = []
         for example, text in zip((e for scene in part for e in scene.examples), (t for some in texts for t in some)):
             row = dict(zip(("model", "mode", "temperature", "sample", "id"), key(example)))
-            row |= {"question_type": example.question_type, "images": list(example.images), "question": example.question,
-                    "options": example.options, "answer": example.answer, "text": text}  # fmt: skip
+            row |= {"digest": by_id[example.id].digest, "question_type": example.question_type, "images": list(example.images),
+                    "question": example.question, "options": example.options, "answer": example.answer, "text": text}  # fmt: skip
             rows.append(row | benchmarks.score_completion(by_id[example.id], text))
             done[key(example)] = rows[-1]
-        with runs.disk_errors(path), path.open("a", encoding="utf-8") as file:
+        with files.disk_errors(path), path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         bar.add(len(rows))
         bar.set_postfix(score=f"{np.mean([row['score'] for row in rows]):.2f}")
@@ -270,14 +310,16 @@ def score_ladder(settings):
     folder = Path(settings.out)
     ladder = {"model": Path(settings.model)} if settings.model else {name: folder.parent / name / "model" for name in LADDER}
     for path in ladder.values():
-        if not (path / "config.json").is_file():
-            raise SystemExit(f"{path} has no model (config.json is missing). Run the stage that writes it, or set --model.")
+        if not common.has_model(path):
+            raise SystemExit(f"{path} has no model (config.json and weights). Run the stage that writes it, or set --model.")
     spatial = toy_items(settings.data, "spatial", settings.questions or 600, settings.seed)
     located = toy_items(settings.data, "locate", settings.boxes, settings.seed)
+    scenes, limit = shared_scenes(spatial) + shared_scenes(located), settings.max_new_tokens or TOY_LIMITS["think"]
+    memory.check_answers(path, "fp32", scenes, "think", settings, limit)  # all rungs have one shape
     header = {name: getattr(settings, name) for name in ("data", "seed", "questions", "boxes", "eval_batch", "max_new_tokens")}
     header |= {"models": {name: fingerprint(path) for name, path in ladder.items()}, "prompts": common.INSTRUCTIONS}
     header |= {"processes": runs.world_size()}
-    done, keys = open_predictions(folder, header, settings.resume), []
+    done, keys = open_predictions(folder, header, settings.resume, spatial + located), []
     for number, (name, path) in enumerate(ladder.items()):
         backbone = common.load_backbone(path, "fp32", device=runs.device())
         for item in located if number == 0 else []:
@@ -301,9 +343,9 @@ def write_ladder(settings, names, spatial, located, rows):
         "guess_accuracy": sum(guess[k] * n for k, n in counts.items()) / len(test),
         "models": {name: summarise([row for row in rows if row["model"] == name], guess) for name in names},
     }  # fmt: skip
-    runs.write_atomic(folder / "scores.json", json.dumps(scores, indent=2))
+    files.write_atomic(folder / "scores.json", json.dumps(scores, indent=2))
     cells = ladder_table(scores)
-    runs.write_atomic(folder / "table.txt", text_table(cells) + "\n")
+    files.write_atomic(folder / "table.txt", text_table(cells) + "\n")
     report.draw_ladder(scores, folder / "ladder.png")
     report.draw_boxes(rows, folder / "boxes.png", names)
     last, model = names[-1], scores["models"][names[-1]]
@@ -313,7 +355,7 @@ def write_ladder(settings, names, spatial, located, rows):
     ]
     own = [row for row in rows if row["model"] == last and row["mode"] in ("locate", model["mode"])]
     answers = report.report_answers(own, {item.example.id: item for item in spatial + located})
-    runs.write_atomic(folder / "report.html", report.report_page(sections, answers))
+    files.write_atomic(folder / "report.html", report.report_page(sections, answers))
     print(text_table(cells))
 
 
@@ -321,28 +363,36 @@ def write_ladder(settings, names, spatial, located, rows):
 # 4. Benchmarks: one model, the paper's tables with its row
 # ------------------------------------------------------------------------------------------------
 
-HEADER = ("model", "data", "seed", "questions", "mode", "frames", "min_pixels", "max_pixels", "load", "max_new_tokens",
-          "eval_batch", "vsi", "hint")  # fmt: skip
+HEADER = ("model", "data", "seed", "questions", "mode", "frames", "seconds_per_grid", "min_pixels", "max_pixels", "load",
+          "max_new_tokens", "eval_batch", "vsi", "hint")  # fmt: skip
 
 
 def score_benchmarks(settings):
     """Let one model answer all benchmarks, then write the paper's tables with its row, and the report."""
     folder = Path(settings.out)
-    selected = {name: benchmarks.read_items(name, settings, folder) for name in settings.benchmarks}
     if not settings.model:
         raise SystemExit("--benchmarks needs --model: the folder or hub id to score.")
+    if settings.load == "auto":
+        settings.load = "bf16" if torch.cuda.is_available() else "fp32"
+    selected = {name: benchmarks.read_items(name, settings, folder) for name in settings.benchmarks}
+    scenes = [scene for items, _ in selected.values() for scene in shared_scenes(items)]
+    limit, pixels = settings.max_new_tokens or LIMITS[settings.mode], (settings.min_pixels, settings.max_pixels)
+    memory.check_answers(settings.model, settings.load, scenes, settings.mode, settings, limit, *pixels)
     header = {name: getattr(settings, name) for name in HEADER} | {"prompts": common.INSTRUCTIONS, "decoding": "greedy"}
     header |= {"revision": fingerprint(settings.model), "processes": runs.world_size()}
-    load = settings.load if torch.cuda.is_available() or settings.load == "4bit" else "fp32"
-    backbone = common.load_backbone(settings.model, load, settings.min_pixels, settings.max_pixels, runs.device())
+    backbone = common.load_backbone(settings.model, settings.load, *pixels, runs.device())
+    backbone.seconds_per_grid = settings.seconds_per_grid
     backbone.frames = settings.frames
-    done, keys = open_predictions(folder, header, settings.resume), []
+    asked = [item for items, _ in selected.values() for item in items]
+    done, keys = open_predictions(folder, header, settings.resume, asked), []
     for items, _ in selected.values():
         for sample in range(settings.samples + 1):  # number 0 is greedy
             keys += answer_items(backbone, items, "model", settings.mode, float(sample > 0), sample, settings, done)
     rows = collect(folder, header, keys)
     if runs.rank() == 0:
         write_benchmarks(settings, selected, rows, backbone)
+        if settings.traces:
+            write_traces(settings, asked, rows)
 
 
 def write_benchmarks(settings, selected, rows, backbone):
@@ -371,10 +421,36 @@ def write_benchmarks(settings, selected, rows, backbone):
         by_type, guess = numbers["strict"]["by_type"], numbers["guess"]["by_type"]
         sections.append({"heading": name, "table": cells, "by_type": by_type, "guess": guess})
         answers += report.report_answers(greedy, by_id)
-    runs.write_atomic(folder / "scores.json", json.dumps(scores, indent=2))
-    runs.write_atomic(folder / "table.txt", "\n\n".join(tables) + "\n")
-    runs.write_atomic(folder / "report.html", report.report_page(sections, answers))
+    files.write_atomic(folder / "scores.json", json.dumps(scores, indent=2))
+    files.write_atomic(folder / "table.txt", "\n\n".join(tables) + "\n")
+    files.write_atomic(folder / "report.html", report.report_page(sections, answers))
     print("\n\n".join(tables))
+
+
+def write_traces(settings, items, rows):
+    """Rejection sampling, as the paper makes its cold start: write well-formed answers that have a thought and score at least
+    trace_score to --traces, as rows of the cold start's schema. One a question (the first), at most traces_per_type of a type.
+
+    Prints counts by type. Raises SystemExit if there is no such answer.
+    """
+    right, counts, traces = {}, {}, []
+    for row in rows:
+        thought = row["text"].partition("<think>")[2].partition("</think>")[0]
+        if row["format"] and row["score"] >= settings.trace_score and thought.strip():
+            right.setdefault(row["id"], row["text"])
+    for item in random.Random(settings.seed).sample(items, len(items)):
+        example, count = item.example, counts.setdefault(item.example.question_type, Counter())
+        count.update(questions=1, right=example.id in right)
+        if example.id in right and count["traces"] < (settings.traces_per_type or len(items)):
+            count["traces"] += 1
+            traces.append({"question_id": item.row.get("question_id"), "prompt": common.prompt_text(example, "think"),
+                           "solution": right[example.id], "image": item.row["image"], "data_type": example.data_type})  # fmt: skip
+    for kind, count in sorted(counts.items()):
+        print(f"traces, {kind}: {count['questions']} questions, {count['right']} with a right answer, {count['traces']} written")
+    if not traces:
+        raise SystemExit(f"{settings.traces} is not written: no answer is well formed and right. Try more --samples.")
+    Path(settings.traces).parent.mkdir(parents=True, exist_ok=True)
+    files.write_atomic(settings.traces, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in traces))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -384,8 +460,11 @@ def write_benchmarks(settings, selected, rows, backbone):
 
 def score_models(settings):
     """Score the toy's ladder, or one model on benchmarks. Every process runs this."""
-    with runs.disk_errors(settings.out):
+    if settings.traces and (settings.benchmarks != ["stage0"] or settings.mode != "think" or settings.hint):
+        raise SystemExit("--traces needs --benchmarks stage0 alone, --mode think, and no --hint: stage 3 shows no drawn boxes.")
+    with files.disk_errors(settings.out):
         Path(settings.out).mkdir(parents=True, exist_ok=True)
+        benchmarks.file_digest.cache_clear()  # files may have changed since the last call
         (score_benchmarks if settings.benchmarks else score_ladder)(settings)
 
 

@@ -16,9 +16,11 @@ threshold, what was skipped and why) and gallery.html to look at (toy: gallery.p
 same files from other rooms, and runs/toy/base/model: a tiny Qwen2.5-VL with random weights whose vision tower was trained to
 recognise coloured solids.
 
-Rerun the same command to resume: finished rooms are kept. Only the training of the base, which takes a minute, starts again.
+Rerun the same command to resume: finished rooms are kept, unless their files or this code have changed since; rooms that failed
+are tried again. Only the training of the base, which takes a minute, starts again.
 
-Sections: 1 settings and rules, 2 reading rooms, 3 geometry, 4 questions (add your own here), 5 rows and files, 6 main.
+Sections: 1 settings and rules, 2 reading rooms (support/scannet.py reads the files), 3 geometry, 4 questions (add your own
+here), 5 rows and files, 6 main.
 """
 
 import itertools
@@ -36,13 +38,12 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from plyfile import PlyData
 from scipy.optimize import lsq_linear
 from scipy.spatial import ConvexHull, Delaunay, QhullError, cKDTree
 from tqdm import tqdm
 
 import common
-from support import jobs, report, runs, toy_world
+from support import files, jobs, report, runs, scannet, toy_world
 from support.runs import Settings, setting
 
 # ------------------------------------------------------------------------------------------------
@@ -58,7 +59,8 @@ class DataSettings(Settings):
     source: str = setting("toy", "where the rooms come from", ("toy", "scannet", "meta"))
     scannet: str = setting("", "scannet: folder with scans/ and scannetv2-labels.combined.tsv; meta: the JSON file")
     allow_val: bool = setting(False, "use ScanNet's validation rooms too, although the benchmarks are built on them")
-    extra: bool = setting(False, "generate two more question types: perspective taking and view change")
+    extra: bool = setting(False, "generate more question types: perspective taking, view change, and questions with a depth "
+                                 "picture or a part of the picture as a second picture (toy: only the last two)")  # fmt: skip
     single_rows: int = setting(5929, "scannet, meta: questions about one picture, and as many localisation rows (0: all)")
     multi_rows: int = setting(5752, "scannet, meta: questions about several views (0: all)")
     video_rows: int = setting(9000, "scannet, meta: questions about a video (0: all)")
@@ -102,20 +104,14 @@ RULE_TABLE = {
     "floor_radius_m": (0.5, "ours", "... and triangles with a circumradius up to this belong to the floor (alpha shape)"),
     "move_m": (0.3, "ours", "view change: smallest movement; of its parts sideways and ahead one is at most half the other"),
     "turn_deg": (15.0, "ours", "view change: smallest turn"),
+    "depth_m": (5.0, "ours", "depth pictures: everything from this distance on is yellow"),
+    "crop_px": (40, "ours", "a part of a picture as a second picture: smallest side in pixels"),
     "tries": (100, "ours", "largest number of object groups tried for one type and one view"),
     "per_room_type": (6, "ours", "largest number of questions kept of one type, kind of picture and room, before balancing"),
 }
 RULES = {name: value for name, (value, _, _) in RULE_TABLE.items()}
-TOY_RULES = RULES | {"gap_m": 0.3, "direction_m": 0.0}  # a metre has few pixels in a toy picture; its solids do not touch
-DROPPED_NYU40 = {0, 1, 2, 22, 38, 39, 40}  # none, wall, floor, ceiling, otherstructure, otherfurniture, otherprop
-# Numbers of the rooms in ScanNet v2's 312 validation scans (scene%04d_*), on which the benchmarks are built.
-VALIDATION = {int(number) for number in """
-11 15 19 25 30 46 50 63 64 77 81 84 86 88 95 100 131 139 144 146 149 153 164 169 187 193 196 203 207 208 217 221 222 231 246
-249 251 256 257 277 278 300 304 307 314 316 328 329 334 338 342 343 351 353 354 355 356 357 377 378 382 389 406 412 414 423
-426 427 430 432 435 441 458 461 462 474 488 490 494 496 500 518 527 535 549 550 552 553 558 559 565 568 574 575 578 580 583
-591 593 595 598 599 606 607 608 609 616 618 621 629 633 643 644 645 647 648 651 652 653 655 658 660 663 664 665 670 671 678
-684 685 686 689 690 693 695 696 697 699 700 701 702 704
-""".split()}  # fmt: skip
+# A metre has few pixels in a toy picture, its solids do not touch, and its cameras are far away.
+TOY_RULES = RULES | {"gap_m": 0.3, "direction_m": 0.0, "depth_m": 10.0, "crop_px": 8}
 
 # ------------------------------------------------------------------------------------------------
 # 2. Reading rooms
@@ -159,84 +155,23 @@ class Room:
     floor_area: float  # square metres
     counts: Counter
     skipped: Counter
+    scaled: dict = field(default_factory=dict)  # {"color" | "depth": how the intrinsics were scaled}
+    depth_shift: float = 1000.0  # units of the depth pictures in a metre
     distances: dict = field(default_factory=dict)  # cache: (object number, object number) -> metres
     letters: dict = field(default_factory=dict)  # number of options -> Counter of the places of the correct one
 
 
-def read_labels(path):
-    """raw_category -> nyu40id from scannetv2-labels.combined.tsv (or the toy's table in the same format)."""
-    if not Path(path).is_file():
-        raise SystemExit(f"{path} is missing. It is part of ScanNet's download and lists all categories.")
-    header, *rows = [line.split("\t") for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
-    raw, nyu = header.index("raw_category"), header.index("nyu40id")
-    return {row[raw]: int(row[nyu] or 0) for row in rows}
-
-
-def numbered_files(folder, suffix):
-    """{number: path} of the files in a folder whose name is a number; zeros in front do not matter."""
-    return {int(path.stem): path for path in folder.glob(f"*.{suffix}") if path.stem.isdigit()}
-
-
-def check_scan(folder):
-    """Raise SystemExit naming a file that scans/<id> lacks, and how to get it."""
-    name = folder.name
-    if not (folder / "color").is_dir() and (folder / f"{name}.sens").is_file():
-        raise SystemExit(
-            f"{folder}/{name}.sens cannot be read directly. Export its frames with ScanNet's SensReader: python reader.py "
-            f"--filename {name}.sens --output_path {folder} --export_color_images --export_depth_images --export_poses "
-            "--export_intrinsics"
-        )
-    meshes = [f"{name}_vh_clean_2.ply", f"{name}_vh_clean_2.0.010000.segs.json", f"{name}.aggregation.json"]
-    for part in (*meshes, "color", "depth", "pose", "intrinsic/intrinsic_color.txt", "intrinsic/intrinsic_depth.txt"):
-        if not (folder / part).exists():
-            raise SystemExit(f"{folder / part} is missing: export the frames and download the mesh of {name}.")
-
-
 def read_scannet(folder, labels):
-    """Read scans/<id> with exported frames: objects in the axis-aligned world, frames in order of their number.
-
-    labels: raw category -> nyu40 id. Structural categories are dropped. Labels that the table lacks, frames with an infinite
-    pose and frames without depth are counted in Room.skipped. Raises SystemExit naming what is missing or does not fit.
-    """
-    folder = Path(folder)
-    name = folder.name
-    check_scan(folder)
-    align, info = np.eye(4), folder / f"{name}.txt"
-    for line in info.read_text().splitlines() if info.is_file() else []:
-        key, _, value = line.partition("=")
-        if key.strip() == "axisAlignment":
-            align = np.array(value.split(), float).reshape(4, 4)
-    vertices = PlyData.read(folder / f"{name}_vh_clean_2.ply")["vertex"]
-    points = np.stack([vertices["x"], vertices["y"], vertices["z"]], 1).astype(np.float64) @ align[:3, :3].T + align[:3, 3]
-    path = folder / f"{name}_vh_clean_2.0.010000.segs.json"
-    segments = np.array(json.loads(path.read_text())["segIndices"])
-    if len(segments) != len(points):
-        raise SystemExit(f"{path} has {len(segments)} entries, but the mesh has {len(points)} vertices.")
-    objects, skipped = [], Counter()
-    for group in json.loads((folder / f"{name}.aggregation.json").read_text())["segGroups"]:
-        mine = points[np.isin(segments, group["segments"])]
-        if group["label"] not in labels:
-            skipped["label not in the table"] += 1
-        elif labels[group["label"]] not in DROPPED_NYU40 and len(mine):
-            objects.append(Object(group["objectId"] + 1, group["label"], mine, *upright_box(mine)))
-    frames, depths, poses = [], numbered_files(folder / "depth", "png"), numbered_files(folder / "pose", "txt")
-    for number, color in sorted(numbered_files(folder / "color", "jpg").items()):
-        pose = np.loadtxt(poses[number]) if number in poses else np.full((4, 4), np.inf)
-        if not np.isfinite(pose).all():
-            skipped["frame without a finite pose"] += 1
-        elif number not in depths:
-            skipped["frame without depth"] += 1
-        else:
-            frames.append(Frame(number, color, depths[number], align @ pose))
-    intrinsics = [np.loadtxt(folder / "intrinsic" / f"intrinsic_{kind}.txt")[:3, :3] for kind in ("color", "depth")]
-    return Room(name, objects, frames, *intrinsics, floor_area(points), Counter(o.label for o in objects), skipped)
+    """The Room in a folder scans/<id>. labels: from scannet.read_labels. Raises SystemExit naming the file that is wrong."""
+    points, things, frames, facts = scannet.read_scan(Path(folder), labels)
+    objects = [Object(number, label, some, *upright_box(some)) for number, label, some in things]
+    counts, frames = Counter(o.label for o in objects), [Frame(*frame) for frame in frames]
+    return Room(Path(folder).name, objects, frames, floor_area=floor_area(points), counts=counts, **facts)
 
 
 def read_meta(path):
-    """Read VSI-Bench's meta information: rooms with oriented boxes, counts and floor areas, but no pictures.
-
-    Returns {name: Room}. Raises SystemExit naming the file, and the room that lacks something.
-    """
+    """{name: Room} of VSI-Bench's meta information: oriented boxes, counts and floor areas, but no pictures. Raises SystemExit
+    naming the file, and the room that lacks something."""
     rooms = {}
     try:
         contents = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -253,9 +188,9 @@ def read_meta(path):
                 for number, (label, box) in enumerate(boxes, 1)
             ]  # fmt: skip
             area, counts = float(facts["room_size"]), Counter(facts["object_counts"])
+            rooms[name] = Room(name, objects, [], None, None, area, counts, Counter())
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SystemExit(f"{path}, {name}: {error!r}. A room needs object_bbox, object_counts and room_size.") from None
-        rooms[name] = Room(name, objects, [], None, None, area, counts, Counter())
     return rooms
 
 
@@ -263,7 +198,7 @@ def read_room(settings, path):
     """The Room at a path that list_rooms gave."""
     if settings.source == "meta":
         return read_meta(settings.scannet)[path]
-    return read_scannet(path, read_labels(Path(settings.scannet) / "scannetv2-labels.combined.tsv"))
+    return read_scannet(path, scannet.read_labels(Path(settings.scannet) / scannet.LABELS))
 
 
 def list_rooms(settings):
@@ -274,8 +209,8 @@ def list_rooms(settings):
     else:
         folder = source / "scans" if (source / "scans").is_dir() else source
         rooms = {path.name: path for path in sorted(folder.glob("scene[0-9][0-9][0-9][0-9]_*")) if path.is_dir()}
-        read_labels(source / "scannetv2-labels.combined.tsv")  # fails now if it is missing, not once a room
-    refused = [name for name in rooms if name[5:9].isdigit() and int(name[5:9]) in VALIDATION]
+        scannet.read_labels(source / scannet.LABELS)  # fails now if it is missing, not once a room
+    refused = [name for name in rooms if name[5:9].isdigit() and int(name[5:9]) in scannet.VALIDATION]
     if refused and not settings.allow_val:
         common.print0(f"leaving out {len(refused)} validation rooms such as {refused[0]}, used by the benchmarks (--allow_val)")
         rooms = {name: path for name, path in rooms.items() if name not in refused}
@@ -306,7 +241,9 @@ def visible_boxes(room, frame):
     """
     with Image.open(frame.color) as image:
         width, height = image.size
-    depth = np.asarray(Image.open(frame.depth), np.float64) / 1000  # (h, w) metres, 0 = unknown
+    depth = scannet.read_depth(frame.depth, room.depth_shift)  # (h, w) metres, 0 = unknown
+    if not depth.any():
+        room.skipped["frame with an empty depth picture"] += 1
     points = np.concatenate([o.points for o in room.objects]) if room.objects else np.zeros((0, 3))
     owner = np.repeat(np.arange(len(room.objects)), [len(o.points) for o in room.objects])
     u, v, z = project(points, frame.pose, room.color_intrinsics)
@@ -354,15 +291,6 @@ def upright_box(points):
 def corners(thing):
     """The eight corners (8, 3) of an object's box."""
     return thing.centre + np.array(list(itertools.product((-0.5, 0.5), repeat=3))) * thing.sides @ thing.axes
-
-
-def outline_above(thing):
-    """The outline (n, 2) of an object's box as seen from above."""
-    flat = corners(thing)[:, :2]
-    try:
-        return flat[ConvexHull(flat).vertices]
-    except QhullError:  # a box without width
-        return flat
 
 
 def closest_distance(a, b):
@@ -413,8 +341,9 @@ def bearing(origin, facing, target):
 # 4. Questions
 # ------------------------------------------------------------------------------------------------
 # One generator a type, all with the same signature: view -> rows. A row is a dict with question, answer, options (choice
-# questions only), objects (those to locate) and thought (the thinking trace). A candidate that a guard rejects is yielded as
-# the reason, a string, so that rejections are counted. To add a type, write such a function and add it to GENERATORS.
+# questions only), objects (those to locate) and thought (the thinking trace); with Question.pair also second: what follows the
+# frame's number in the name of the second picture, see scannet.second_picture. A candidate that a guard rejects is yielded as the
+# reason, a string, so that rejections are counted. To add a type, write such a function and add it to GENERATORS.
 
 
 @dataclass
@@ -751,6 +680,47 @@ def view_change(view):
         }  # fmt: skip
 
 
+def with_depth(generate):
+    """A generator of the rows of `generate`, whose second picture shows the depth of the first (TinyGiantVLM)."""
+
+    def generator(view):
+        far = f"{view.rules['depth_m']:g}"
+        words = f"The second picture shows depth: dark blue is 0 m, yellow is {far} m or more, black is unknown."
+        for row in generate(view):
+            yield row if isinstance(row, str) else row | {"question": f"{words} {row['question']}", "second": f"depth_{far}.png"}
+
+    return generator
+
+
+def object_in_crop(view):
+    """Which object is in a part of the picture, shown as the second picture? (The regions of RegionSpot.) No wrong option is
+    the label of an object that the part may show, too."""
+    boxes, labels = view.boxes[0], {o.label for o in view.room.objects}
+    for thing in view.visible_objects():
+        x1, y1, x2, y2 = box = boxes[thing.number]
+        if min(x2 - x1, y2 - y1) < view.rules["crop_px"]:
+            yield "too small"
+            continue
+        around = set()  # labels in the part; objects that are hardly visible have no box and may be anywhere
+        for other in view.room.objects:
+            a1, b1, a2, b2 = boxes.get(other.number, box)
+            if other.number in view.glimpsed[0] and a1 < x2 and x1 < a2 and b1 < y2 and y1 < b2:
+                around.add(other.label)
+        wrong = [
+            label for label in sorted(labels - around)
+            if not is_ambiguous(label, around) and not any(is_ambiguous(other, {label}) for other in around)
+        ]  # fmt: skip
+        if not wrong:
+            yield "no wrong option"
+            continue
+        options, answer = view.options(thing.label, view.rng.sample(wrong, min(3, len(wrong))))
+        yield {
+            "question": "The second picture is a part of the first. Which of these objects is in it?",
+            "options": lettered(options), "answer": answer, "objects": [thing], "thought": f"second picture: {thing.label}",
+            "second": f"crop_{x1}_{y1}_{x2}_{y2}.png",
+        }  # fmt: skip
+
+
 class Question(NamedTuple):
     """A question type: its generator and where it is used."""
 
@@ -758,6 +728,7 @@ class Question(NamedTuple):
     pictures: list  # of single_image, multi_view, video
     toy: int = 0  # largest number of such questions about one picture of the toy
     extra: bool = False  # only with --extra
+    pair: bool = False  # rows about one picture name a second one, made from it: their data_type becomes multi_view
 
 
 GENERATORS = {
@@ -770,6 +741,10 @@ GENERATORS = {
     "appearance order": Question(appearance_order, ["video"]),
     "perspective taking": Question(perspective_taking, ["single_image"], extra=True),
     "view change": Question(view_change, ["multi_view"], extra=True),
+    "relative distance with depth": Question(with_depth(relative_distance), ["single_image"], 1, extra=True, pair=True),
+    "absolute distance with depth": Question(with_depth(absolute_distance), ["single_image"], 1, extra=True, pair=True),
+    "object size with depth": Question(with_depth(object_size), ["single_image"], 1, extra=True, pair=True),
+    "object in a crop": Question(object_in_crop, ["single_image"], 1, extra=True, pair=True),
 }
 
 # ------------------------------------------------------------------------------------------------
@@ -806,13 +781,14 @@ def room_views(room, rng):
 def rows_of_type(view, kind, rejected):
     """All rows of a type about a view, in the released schema, plus `thought` and the `objects` in the question. Rejections by
     guards are counted in `rejected`."""
+    name, data_type = view.room.name, "multi_view" if GENERATORS[kind].pair else view.data_type
     for row in GENERATORS[kind].generate(view):
         if isinstance(row, str):
-            rejected[f"{view.data_type}: {kind}: {row}"] += 1
+            rejected[f"{data_type}: {kind}: {row}"] += 1
             continue
-        name = view.room.name
         image = [f"{name}/{frame.number}.jpg" for frame in view.frames] or [f"{name}.mp4"]
-        yield {"options": None} | row | {"image": image, "question_type": kind, "data_type": view.data_type}
+        image += [f"{name}/{view.frames[0].number}_{row.pop('second')}"] if GENERATORS[kind].pair else []
+        yield {"options": None} | row | {"image": image, "question_type": kind, "data_type": data_type}
 
 
 def positions(view, objects):
@@ -844,25 +820,23 @@ def room_rows(room, settings, rng):
                 objects = row.pop("objects")
                 row["asked"] = [o.number for o in objects]
                 row["thought"] = "; ".join(filter(None, [positions(view, objects), row["thought"]]))
-                if view.data_type == "single_image":
+                if row["data_type"] == "single_image":
                     row["boxes"] = [{"bbox_2d": view.boxes[0][o.number], "label": o.label} for o in objects]
-                rows.setdefault((view.data_type, kind), []).append(row)
+                rows.setdefault((row["data_type"], kind), []).append(row)
     passed = {f"{data_type}: {kind}": len(some) for (data_type, kind), some in rows.items()}
     return [row for some in rows.values() for row in rng.sample(some, min(len(some), RULES["per_room_type"]))], passed, rejected
 
 
 def process_scan(job):
-    """Work of a process for one real room -> {"rows", "passed", "rejected", "skipped"}, or {"failed": reason} if it cannot be
-    read. job: (path, settings)."""
+    """Work of a process for one real room -> {"rows", "passed", "rejected", "skipped", "scaled"}, or {"failed": reason} if it
+    cannot be read. job: (path, settings)."""
     path, settings = job
     try:
         room = read_room(settings, path)
-        if not room.frames and settings.source == "scannet":
-            raise SystemExit(f"{path}: no frame has a colour picture, depth and a finite pose.")
         rows, passed, rejected = room_rows(room, settings, random.Random(f"{settings.seed} {room.name}"))
     except (Exception, SystemExit) as error:  # one bad room must not stop a long run: the manifest names it
         return {"failed": str(error) if isinstance(error, SystemExit) else f"{path}: {type(error).__name__}: {error}"}
-    return {"rows": rows, "passed": passed, "rejected": rejected, "skipped": room.skipped}
+    return {"rows": rows, "passed": passed, "rejected": rejected, "skipped": room.skipped, "scaled": room.scaled}
 
 
 def balance(rows, targets, per_room, seed):
@@ -895,9 +869,8 @@ def room_of(row):
 
 def spread_sample(kinds, count, seed):
     """`count` random indices of the list `kinds`, one of every kind in turn as far as they reach."""
-    places, turn = random.Random(seed).sample(range(len(kinds)), len(kinds)), Counter()
-    order = []
-    for place in places:
+    order, turn = [], Counter()
+    for place in random.Random(seed).sample(range(len(kinds)), len(kinds)):
         order.append((turn[kinds[place]], kinds[place], place))
         turn[kinds[place]] += 1
     return [place for _, _, place in sorted(order)[:count]]
@@ -919,15 +892,15 @@ def write_rows(root, spatial, locate, traces, seed, objects=None):
                 "data_type": row["data_type"]}  # fmt: skip
 
     chosen = spread_sample([row["question_type"] for row in spatial], traces, seed)
-    files = {"locate": locate, "spatial": spatial}
-    files["coldstart"] = [solved(number, "think", "<think> {} </think><answer>{}</answer>") for number in chosen]
+    tables = {"locate": locate, "spatial": spatial}
+    tables["coldstart"] = [solved(number, "think", "<think> {} </think><answer>{}</answer>") for number in chosen]
     if objects is not None:
-        files["objects"] = objects
-        files["worked"] = [solved(number, "work", "{} <answer>{}</answer>") for number in range(len(spatial))]
-    for kind, rows in files.items():
+        tables["objects"] = objects
+        tables["worked"] = [solved(number, "work", "{} <answer>{}</answer>") for number in range(len(spatial))]
+    for kind, rows in tables.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        runs.write_atomic(root / common.FILES.get(kind, f"{kind}.jsonl"), lines)
-    counts = {kind: len(rows) for kind, rows in files.items()}
+        files.write_atomic(root / common.FILES.get(kind, f"{kind}.jsonl"), lines)
+    counts = {kind: len(rows) for kind, rows in tables.items()}
     return counts | {"by_type": dict(Counter(row["question_type"] for row in spatial))}
 
 
@@ -936,23 +909,15 @@ def labelled_boxes(view, objects):
     return [{"label": o.label, "bbox_2d": view.boxes[0][o.number]} for o in objects]
 
 
-def named_question(objects):
-    """The toy's localisation question: "Locate the red cube, the blue ball and the green cone." """
-    names = [f"the {o.label}" for o in objects]
-    return "Locate " + ", ".join(names[:-1]) + (" and " if names[1:] else "") + "".join(names[-1:]) + "."
-
-
 def process_toy_room(job):
-    """Work of a process for one toy room: make it, write it, read it back, generate its rows.
-
-    job: (name, seed, root, detection: whether to ask for all objects, too).
-    Returns {"locate" | "spatial" | "objects": rows, "rejected"}; spatial rows carry their thought.
-    """
-    name, seed, root, detection = job
-    rng, folder = random.Random(f"{seed} {name}"), root / "scans" / name
-    with runs.disk_errors(folder):
+    """Work of a process for one toy room: make it, write it, read it back, generate its rows. Spatial rows carry their thought.
+    job: (name, settings, root, detection: whether to ask for all objects, too)."""
+    name, settings, root, detection = job
+    rng, folder = random.Random(f"{settings.seed} {name}"), root / "scans" / name
+    with files.disk_errors(folder):
+        shutil.rmtree(folder, ignore_errors=True)  # what an older version of the code has written
         toy_world.write_room(toy_world.make_room(rng), folder, rng)
-    room = read_scannet(folder, read_labels(root / "labels.tsv"))
+    room = read_scannet(folder, scannet.read_labels(root / "labels.tsv"))
     (root / "images" / name).mkdir(parents=True, exist_ok=True)
     out = {"locate": [], "spatial": [], "objects": [], "rejected": Counter()}
     for frame in room.frames:
@@ -963,114 +928,97 @@ def process_toy_room(job):
         visible = view.visible_objects()
         out["objects"].append({"image": [image], "objects": labelled_boxes(view, visible)})
         named = view.unique()[: rng.choice([1, 2, 2, 3, 3])]
+        names = [f"the {o.label}" for o in named]
+        locate = "Locate " + " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) + "."
         visible.sort(key=lambda o: boxes[o.number])
         # With "all objects" the model must recognise what it finds. Without these rows it draws good boxes around the wrong
         # objects: held-out IoU .23 after 700 steps, against .57 with them.
-        for question, objects in ((named_question(named), named), ("Locate all objects.", visible if detection else [])):
+        for question, objects in ((locate, named), ("Locate all objects.", visible if detection else [])):
             if objects:
                 row = {"question": question, "answer": labelled_boxes(view, objects), "image": [image]}
                 out["locate"].append(row | {"data_type": "single_image"})
         for kind, question in GENERATORS.items():
-            rows = list(rows_of_type(view, kind, out["rejected"])) if question.toy else []
+            wanted = question.toy and (settings.extra or not question.extra)
+            rows = list(rows_of_type(view, kind, out["rejected"])) if wanted else []
             for row in rng.sample(rows, min(len(rows), question.toy)):
+                for second in row["image"][1:]:
+                    scannet.second_picture(second, frame.color, frame.depth, room.depth_shift).save(root / "images" / second)
                 row["thought"] = f"{common.boxes_text(labelled_boxes(view, row.pop('objects')))} {row['thought']}"
                 out["spatial"].append(row)
     return out
 
 
-def build_toy(root, rooms, first, settings, traces, detection):
-    """Build `rooms` toy rooms under `root`, numbered from `first`, and write the JSONL files. Returns counts for the manifest."""
+def build_toy(root, rooms, first, settings, traces, detection, made_from=""):
+    """Build `rooms` toy rooms under `root`, numbered from `first`, and write the JSONL files. made_from: see jobs.process_rooms.
+    Returns counts for the manifest."""
     root.mkdir(parents=True, exist_ok=True)
     toy_world.write_labels(root / "labels.tsv")
     names = [f"scene{first + i:04d}_00" for i in range(rooms)]
-    todo = [(name, (name, settings.seed, root, detection)) for name in names]
+    todo = [(name, made_from, (name, settings, root, detection)) for name in names]
     parts = jobs.process_rooms(process_toy_room, todo, root, settings.workers, f"rooms of {root.name}")
     spatial, locate, objects = ([row for part in parts for row in part[kind]] for kind in ("spatial", "locate", "objects"))
     counts = write_rows(root, spatial, locate, traces, settings.seed, objects)
-    return counts | {"rejected": sum_counts(part["rejected"] for part in parts)}
+    return counts | {"rejected": jobs.sum_counts(part["rejected"] for part in parts)}
 
 
-def sum_counts(counters):
-    """The sum of dicts of numbers, by name."""
-    out = Counter()
-    for counter in counters:
-        out.update(counter)
-    return dict(sorted(out.items()))
-
-
-def build_real(settings, root, rooms):
-    """Build a data set from ScanNet rooms (or from boxes alone) under `root`. Returns facts for the manifest."""
-    todo = [(name, (path, settings)) for name, path in rooms.items()]
+def build_real(settings, root, rooms, made_from):
+    """Build a data set from ScanNet rooms (or from boxes alone) under `root`. made_from: {room: fingerprint of its inputs}.
+    Returns facts for the manifest."""
+    todo = [(name, made_from[name], (path, settings)) for name, path in rooms.items()]
     parts = dict(zip(rooms, jobs.process_rooms(process_scan, todo, root, settings.workers, "rooms")))
     failed = {name: part["failed"] for name, part in parts.items() if "failed" in part}
     good = [part for part in parts.values() if "failed" not in part]
     if not good:
-        first = next(iter(failed.values()))
-        raise SystemExit(f"none of the {len(rooms)} rooms of {settings.scannet} could be read; the first: {first}")
+        raise SystemExit(f"none of the {len(rooms)} rooms of {settings.scannet} could be read; the first: {[*failed.values()][0]}")
     for name, reason in list(failed.items())[:5]:
         common.print0(f"left out {name}: {reason}")
+    scaled = {name: part["scaled"] for name, part in parts.items() if part.get("scaled")}
+    if scaled:
+        common.print0(f"scaled the intrinsics of {len(scaled)} rooms such as {next(iter(scaled))} to the size of their pictures")
     targets = {"single_image": settings.single_rows, "multi_view": settings.multi_rows, "video": settings.video_rows}
     candidates = [row for part in good for row in part["rows"]]
     rows = balance(candidates, targets, settings.per_room, settings.seed)
     if not rows:
         raise SystemExit(f"no question passed the guards in the {len(good)} rooms of {settings.scannet}.")
+    kinds, read = [kind_of(row) for row in rows], cache(lambda name: read_room(settings, rooms[name]))
+    some = spread_sample(kinds, sum(min(n, 2) for n in Counter(kinds).values()), settings.seed)  # two rows of every kind
+    shown = [rows[i] for i in sorted(some, key=lambda i: kinds[i])]
+    entries = [gallery_entry(row, read(room_of(row)), root / "images") for row in tqdm(shown, "gallery")]
+    locate = []
     for number, row in enumerate(rows):
-        row["question_id"] = number
-    gallery = [dict(row) for row in sample_rows(rows, settings.seed)]
-    locate = [
-        {"question": row["question"], "answer": row["boxes"]} | {key: row[key] for key in ("image", "data_type", "question_id")}
-        for row in rows if row.get("boxes")
-    ]  # fmt: skip
-    for row in rows:
-        row.pop("boxes", None)
-        row.pop("asked")
+        del row["asked"]
+        if boxes := row.pop("boxes", None):
+            locate.append({"question": row["question"], "answer": boxes, "image": row["image"], "data_type": row["data_type"],
+                           "question_id": number})  # fmt: skip
     counts = write_rows(root, rows, locate, settings.traces, settings.seed)
     if settings.source == "scannet":
+        frames = cache(lambda room: scannet.frame_files(rooms[room]))
         for name in tqdm(sorted({name for row in rows for name in row["image"]}), desc="pictures"):
-            copy_picture(rooms[name.split("/")[0]], root / "images" / name)
-    read = cache(lambda name: read_room(settings, rooms[name]))
-    entries = [gallery_entry(row, read(room_of(row))) for row in tqdm(gallery, desc="gallery")]
-    runs.write_atomic(root / "gallery.html", report.gallery_page(entries))
+            scannet.write_picture(root / "images" / name, *frames(name.split("/")[0]))
+    files.write_atomic(root / "gallery.html", report.gallery_page(entries))
     return {
         "counts": counts,
-        "by_kind": count_kinds(rows),
-        "letters": sum_counts({row["answer"]: 1} for row in rows if row["options"]),
-        "passed": sum_counts(part["passed"] for part in good),
-        "candidates": count_kinds(candidates),
-        "rejected": sum_counts(part["rejected"] for part in good),
-        "skipped": sum_counts(part["skipped"] for part in good),
+        "by_kind": jobs.sum_counts([Counter(kinds)]),
+        "letters": jobs.sum_counts([Counter(row["answer"] for row in rows if row["options"])]),
+        "passed": jobs.sum_counts(part["passed"] for part in good),
+        "candidates": jobs.sum_counts([Counter(map(kind_of, candidates))]),
+        "rejected": jobs.sum_counts(part["rejected"] for part in good),
+        "skipped": jobs.sum_counts(part["skipped"] for part in good),
+        "scaled_intrinsics": scaled,
         "failed_rooms": failed,
         "rooms": len(good),
     }
 
 
-def count_kinds(rows):
-    """{"data_type: question_type": number of rows}"""
-    return sum_counts({f"{row['data_type']}: {row['question_type']}": 1} for row in rows)
+def kind_of(row):
+    """The kind of pictures and the type of a row: "video: room size"."""
+    return f"{row['data_type']}: {row['question_type']}"
 
 
-def copy_picture(folder, target):
-    """Copy the colour picture with target's number from a room's folder, unless it is there. Zeros in front are dropped."""
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        new = target.with_suffix(".new")
-        with runs.disk_errors(target):
-            shutil.copyfile(numbered_files(folder / "color", "jpg")[int(target.stem)], new)
-        new.rename(target)
-
-
-def sample_rows(rows, seed, count=2):
-    """`count` rows of each kind of picture and type, for the gallery."""
-    groups = {}
-    for row in random.Random(seed).sample(rows, len(rows)):
-        groups.setdefault((row["data_type"], row["question_type"]), []).append(row)
-    return [row for _, group in sorted(groups.items()) for row in group[:count]]
-
-
-def gallery_entry(row, room):
-    """What report.gallery_page shows of a row: its texts, pictures with the boxes of its objects, and the room from above."""
-    numbers = [int(Path(name).stem) for name in row["image"] if name.endswith(".jpg")]
-    frames = [next(frame for frame in room.frames if frame.number == number) for number in numbers]
+def gallery_entry(row, room, images=Path()):
+    """What report.gallery_page shows of a row: its texts, pictures with the boxes of its objects, and the room from above.
+    images: the folder with the second pictures."""
+    frames = [frame for frame in room.frames if f"{room.name}/{frame.number}.jpg" in row["image"]]
     asked = {o.number: o.label for o in room.objects if o.number in row["asked"]}
     boxes = [visible_boxes(room, frame)[0] for frame in frames]
     return {name: row[name] for name in ("question", "options", "answer", "thought")} | {
@@ -1078,8 +1026,8 @@ def gallery_entry(row, room):
         "pictures": [
             (frame.color, [(some[number], label) for number, label in asked.items() if number in some])
             for frame, some in zip(frames, boxes)
-        ],
-        "objects": [(outline_above(o), o.centre[:2], asked.get(o.number)) for o in room.objects],
+        ] + [(images / name, []) for name in row["image"] if name.endswith(".png")],
+        "objects": [(report.outline(corners(o)[:, :2]), o.centre[:2], asked.get(o.number)) for o in room.objects],
         "cameras": [(frame.pose[:2, 3], level_axes(frame.pose)[1]) for frame in frames],
     }  # fmt: skip
 
@@ -1090,11 +1038,18 @@ def gallery_entry(row, room):
 
 # The settings that decide what the data is: data made with others is not resumed.
 REAL_CONFIG = ("source", "scannet", "seed", "allow_val", "extra", "single_rows", "multi_rows", "video_rows", "per_room", "traces")
-TOY_CONFIG = ("seed", "rooms", "heldout_rooms", "traces")
+TOY_CONFIG = ("seed", "extra", "rooms", "heldout_rooms", "traces")
 RULES_FACTS = {  # for the manifest
     "rules": {name: {"value": value, "from": origin, "meaning": text} for name, (value, origin, text) in RULE_TABLE.items()},
-    "dropped_nyu40": sorted(DROPPED_NYU40),
+    "dropped_nyu40": sorted(scannet.DROPPED_NYU40),
 }
+
+
+def inputs_of(settings, config, rooms):
+    """{room: fingerprint of what its rows are made from}: the settings, the code, the labels, and the files of its scan."""
+    source = Path(settings.scannet) / ("" if settings.source == "meta" else scannet.LABELS)
+    common_part = jobs.fingerprint(config, Path(__file__), Path(scannet.__file__), source)
+    return {name: jobs.fingerprint(common_part, path) for name, path in tqdm(rooms.items(), "files", disable=len(rooms) < 50)}
 
 
 def real_data(settings):
@@ -1104,10 +1059,12 @@ def real_data(settings):
     if not settings.scannet:
         raise SystemExit(f"--source {settings.source} needs --scannet: the folder with scans/, or the JSON file of boxes.")
     rooms = list_rooms(settings)
-    if not jobs.prepare(root, config, settings):
+    made_from = inputs_of(settings, config, rooms)
+    everything = jobs.fingerprint(made_from)
+    if not jobs.prepare(root, config, settings, everything):
         return
-    facts = build_real(settings, root, rooms)
-    jobs.finish(root, {"config": config} | RULES_FACTS | facts)
+    facts = build_real(settings, root, rooms, made_from)
+    jobs.finish(root, {"config": config, "made_from": everything} | RULES_FACTS | facts)
     print(f"wrote {root} from {facts['rooms']} rooms ({len(facts['failed_rooms'])} left out)")
     print(f"{'rows':>8} {'passed':>8} {'rejected by a guard':>20}")
     for name, count in facts["by_kind"].items():
@@ -1118,13 +1075,14 @@ def real_data(settings):
 def toy_data(settings):
     """The toy's data. All rows of its rooms are kept."""
     root, config = Path(settings.data), {name: getattr(settings, name) for name in TOY_CONFIG}
-    if os.environ.get("RANK", "0") != "0" or not jobs.prepare(root, config, settings):
+    made_from = jobs.fingerprint(config, Path(__file__), Path(scannet.__file__), Path(toy_world.__file__))
+    if os.environ.get("RANK", "0") != "0" or not jobs.prepare(root, config, settings, made_from):
         return
-    train = build_toy(root, settings.rooms, 0, settings, settings.traces, True)
-    heldout = build_toy(root / "heldout", settings.heldout_rooms, settings.rooms, settings, 0, False)
-    with runs.disk_errors(root / "gallery.png"):
+    train = build_toy(root, settings.rooms, 0, settings, settings.traces, True, made_from)
+    heldout = build_toy(root / "heldout", settings.heldout_rooms, settings.rooms, settings, 0, False, made_from)
+    with files.disk_errors(root / "gallery.png"):
         report.draw_gallery(root, GENERATORS, settings.seed).save(root / "gallery.png")
-    jobs.finish(root, {"config": config} | RULES_FACTS | {"counts": {"train": train, "heldout": heldout}})
+    jobs.finish(root, {"config": config, "made_from": made_from} | RULES_FACTS | {"counts": {"train": train, "heldout": heldout}})
     print(f"wrote {root}: " + ", ".join(f"{n} {kind}" for kind, n in train["by_type"].items()))
 
 
@@ -1132,10 +1090,9 @@ def main():
     """Build the data, and the toy's base. What is complete is kept."""
     settings = runs.parse_settings(DataSettings, PRESETS, "base")
     settings.traces = settings.traces or (600 if settings.source == "toy" else 1255)
-    with runs.handle_signals(settings), runs.disk_errors(settings.out):
+    with runs.handle_signals(settings), files.disk_errors(settings.out):
         (toy_data if settings.source == "toy" else real_data)(settings)
-    made = settings.resume != "never" and (Path(settings.out) / "model" / "config.json").is_file()
-    if settings.source == "toy" and not made:
+    if settings.source == "toy" and not toy_world.is_base_made(settings):
         runs.launch(toy_world.train_base, settings)
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import common
-from support import runs
+from support import memory, runs
 
 # ------------------------------------------------------------------------------------------------
 # 1. Settings
@@ -73,7 +73,7 @@ def train(backbone, packs, held_out, settings, run):
     """Minimise the mean negative log-probability of the answers' tokens. packs: from common.make_packs."""
     if not packs:
         raise SystemExit(f"{settings.data} has nothing to learn for this stage.")
-    runs.check_memory(backbone, settings, runs.pack_lengths(backbone, packs), settings.eval_batch, NEW_TOKENS)
+    memory.check_memory(backbone, settings, memory.pack_lengths(backbone, packs), NEW_TOKENS)
     steps = settings.steps or math.ceil(len(packs) / settings.train_batch)
     optimizers = runs.make_optimizers(backbone.model, settings)
     for step in run.steps(steps, backbone, optimizers):

@@ -21,7 +21,7 @@ import random
 from dataclasses import dataclass
 
 import common
-from support import runs
+from support import memory, runs
 from support.runs import setting
 
 # ------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def train(backbone, packs, questions, boxes, settings, run):
     """Minimise the mean negative log-probability of the answers' tokens, as in stage 1. packs: from common.make_packs."""
     if not packs:
         raise SystemExit(f"{settings.data} has nothing to learn for this stage.")
-    runs.check_memory(backbone, settings, runs.pack_lengths(backbone, packs), settings.eval_batch, NEW_TOKENS)
+    memory.check_memory(backbone, settings, memory.pack_lengths(backbone, packs), NEW_TOKENS)
     steps = settings.steps or math.ceil(len(packs) / settings.train_batch)
     optimizers = runs.make_optimizers(backbone.model, settings)
     for step in run.steps(steps, backbone, optimizers):
@@ -124,6 +124,7 @@ def work(settings):
         return
     run = runs.Run(settings, {"loss": ["loss"], "held-out scores": ["direct", "work", "iou"], "gradient norm": ["grad_norm"]})
     backbone = common.load_backbone(settings.model, settings.load, settings.min_pixels, settings.max_pixels, runs.device())
+    backbone.seconds_per_grid = settings.seconds_per_grid
     kinds = ["spatial"] + ["worked"] * (settings.worked > 0) + ["locate"] * (settings.replay > 0)
     scenes = mix(runs.training_scenes(settings, kinds, backbone.processor), settings)
     questions = runs.held_out_scenes(settings, ["spatial"], backbone.processor)

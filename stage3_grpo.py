@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 import common
-from support import runs
+from support import memory, runs
 from support.runs import setting
 
 # ------------------------------------------------------------------------------------------------
@@ -75,9 +75,9 @@ PRESETS = {
         "cold_lr": 3e-4, "cold_muon_lr": 0.003, "cold_tune": "full", "cold_optimizer": "muon", "cold_steps": 200,
         "cold_mix": 2.0, "cold_format": 0.3, "cold_eval_every": 10, "eval_every": 25, "save_every": 50,
     },
-    # The paper: beta .01, 1,024 new tokens, temperature 1, one epoch. Its script has G = 4; we sample 8.
+    # The paper: 8 questions a step, beta .01, 1,024 new tokens, temperature 1, one epoch. Its script has G = 4; we sample 8.
     "3b": {
-        "train_batch": 4, "group_size": 8, "lr": 1e-5, "checkpointing": True, "eval_batch": 16,
+        "train_batch": 8, "group_size": 8, "lr": 1e-5, "checkpointing": True, "eval_batch": 16,
         "min_pixels": 16 * 28 * 28, "max_pixels": 128 * 28 * 28,
     },
 }  # fmt: skip
@@ -135,7 +135,7 @@ def train_cold_start(backbone, packs, probe, settings, run):
     """SFT as in stages 1 and 2, until cold_format is reached. probe: training scenes (held-out ones must not decide this)."""
     if not packs:
         raise SystemExit(f"{settings.data} has nothing to learn for this stage.")
-    runs.check_memory(backbone, settings, runs.pack_lengths(backbone, packs), settings.eval_batch, settings.max_new_tokens)
+    memory.check_memory(backbone, settings, memory.pack_lengths(backbone, packs), settings.max_new_tokens)
     steps = settings.steps or math.ceil(len(packs) / settings.train_batch)
     optimizers = runs.make_optimizers(backbone.model, settings)
     for step in run.steps(steps, backbone, optimizers):
@@ -160,17 +160,22 @@ def train_cold_start(backbone, packs, probe, settings, run):
 
 
 def cold_start(settings):
-    """Train the cold start from stage 2's model, unless it is finished. Returns the folder of its model."""
+    """Train the cold start from stage 2's model, unless it is finished. Returns the folder of its model.
+
+    Raises SystemExit if it was made with other settings than these, from another model or other data.
+    """
     cold = replace(
         settings, out=str(Path(settings.out).parent / "coldstart"), lr=settings.cold_lr, muon_lr=settings.cold_muon_lr,
         tune=settings.cold_tune, optimizer=settings.cold_optimizer, steps=settings.cold_steps,
         train_batch=settings.cold_train_batch, eval_every=settings.cold_eval_every,
         resume="never" if settings.resume == "never" else "auto",
     )  # fmt: skip
-    names = ["preset", "model", "data"] + [name for name in vars(cold) if name.startswith("cold_")]
+    names = ["preset", "model", "data", "seed", "load", "min_pixels", "max_pixels", "branches", "warmup", "clip", "eval_scenes"]
+    names += ["lora_rank", "lora_alpha"] * (cold.tune == "lora") + [name for name in vars(cold) if name.startswith("cold_")]
     if not runs.is_finished(cold, names):
         run = runs.Run(cold, {"loss": ["loss"], "sampled, training scenes": ["format", "accuracy_given_format"]})
         backbone = common.load_backbone(cold.model, cold.load, cold.min_pixels, cold.max_pixels, runs.device())
+        backbone.seconds_per_grid = cold.seconds_per_grid
         packs = cold_packs(cold, backbone)
         probe = common.batch_at(runs.training_scenes(cold, ["spatial"], backbone.processor), 0, 64, 1)
         common.adapt(backbone, cold)
@@ -272,8 +277,8 @@ def update(backbone, optimizers, prefixes, groups, advantages, counted, live, se
             some, branches = [prefixes[i] for i in part], [[([], ids) for ids in groups[i]] for i in part]
             if number_of_update == 0 and settings.beta:
                 with torch.no_grad(), backbone.model.disable_adapter():
-                    reference[number] = common.branch_logprobs(backbone, some, branches)[0]  # (N, C)
-            logps, entropy, mask = common.branch_logprobs(backbone, some, branches)  # (N, C)
+                    reference[number] = common.branch_logprobs(backbone, some, branches, sampler=True)[0]
+            logps, entropy, mask = common.branch_logprobs(backbone, some, branches, sampler=True)  # (N, C)
             old.setdefault(number, logps.detach())
             mask = mask & counted[part].flatten()[:, None].to(mask.device)
             loss, stats = grpo_loss(
@@ -285,6 +290,15 @@ def update(backbone, optimizers, prefixes, groups, advantages, counted, live, se
         runs.all_reduce_gradients(backbone.model.parameters())
         norm = runs.optimizer_step(backbone.model, optimizers, settings, step, steps)
     return norm, sums
+
+
+@torch.no_grad()
+def compare_with_rows(backbone, prefix, group):
+    """Print how far branch_logprobs is from one plain row a completion: on a GPU the two run different attention kernels."""
+    together, _, mask = common.branch_logprobs(backbone, [prefix], [[([], ids) for ids in group]], sampler=True)  # (G, C)
+    alone = torch.cat([common.row_logprobs(backbone, prefix, ids) for ids in group])  # (completion tokens,)
+    gap = (together[mask] - alone).abs()
+    common.print0(f"log-probabilities of shared prefixes against separate rows: {gap.mean():.1e} apart, at most {gap.max():.1e}")
 
 
 def means(columns):
@@ -323,7 +337,10 @@ def grpo(backbone, prompts, questions, boxes, settings, run):
         mine = runs.share(batch)  # B prompts of this process: a group stays in one process
 
         # Rollout: G completions of every question, N = B * G in all.
-        prefixes, groups = rollout(backbone, mine, settings)
+        with run.check_finite():
+            prefixes, groups = rollout(backbone, mine, settings)
+        if step == run.first and backbone.device.type == "cuda":
+            compare_with_rows(backbone, prefixes[0], groups[0])
         completions = [ids for group in groups for ids in group]
         texts = [common.decode(backbone, ids) for ids in completions]
         examples = [example for _, example in mine for _ in range(group_size)]
@@ -360,13 +377,13 @@ def grpo(backbone, prompts, questions, boxes, settings, run):
 
 
 def check_memory(backbone, prompts, settings):
-    """runs.check_memory for a step of GRPO with the longest prompts."""
-    prefix = max(runs.scene_length(backbone, scene) for scene in {id(scene): scene for scene, _ in prompts}.values())
+    """memory.check_memory for a step of GRPO with the longest prompts."""
+    prefix = max(memory.scene_length(backbone, scene) for scene in {id(scene): scene for scene, _ in prompts}.values())
     prefix += len(prompt_ids(backbone, max((e for _, e in prompts), key=lambda e: len(common.prompt_text(e, "think")))))
     share = math.ceil(settings.train_batch / runs.world_size())
     longest = [(prefix, [(0, settings.max_new_tokens)] * settings.group_size)] * min(settings.micro_batch, share)
-    answers = max(settings.eval_batch, share * settings.group_size)
-    runs.check_memory(backbone, settings, longest, answers, settings.max_new_tokens)
+    rollout = share * (prefix + settings.group_size * settings.max_new_tokens)  # tokens in its cache
+    memory.check_memory(backbone, settings, longest, settings.max_new_tokens, rollout)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -377,14 +394,16 @@ def check_memory(backbone, prompts, settings):
 def work(settings):
     """The cold start, then GRPO from its model. Every process runs this."""
     check(settings)
-    if runs.is_finished(settings):
+    before = {"cold start": runs.model_files(Path(settings.out).parent / "coldstart" / "model")}
+    if runs.is_finished(settings, more=before):
         return
     model = cold_start(settings)
     run = runs.Run(settings, {
         "reward": ["reward"], "groups": ["reward_std", "dead_groups", "cut"],
         "held-out scores": ["think", "iou"], "policy": ["kl", "entropy"],
-    })  # fmt: skip
+    }, {"cold start": runs.model_files(model)})  # fmt: skip
     backbone = common.load_backbone(model, settings.load, settings.min_pixels, settings.max_pixels, runs.device())
+    backbone.seconds_per_grid = settings.seconds_per_grid
     kinds = ["spatial"] + ["locate"] * (settings.locate > 0)
     prompts = [(scene, e) for scene in runs.training_scenes(settings, kinds, backbone.processor) for e in scene.examples]
     questions = runs.held_out_scenes(settings, ["spatial"], backbone.processor)

@@ -14,6 +14,7 @@ import random
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import datasets
@@ -41,6 +42,7 @@ class Item:
     row: dict
     example: Example
     boxes: dict = field(default_factory=dict)  # stage0, one picture: label -> box of the objects in the question
+    digest: str = ""  # of the row and the contents of its pictures, see eval.py
 
 
 SPAR_LOW = {f"{what}_prediction_{pair}" for what in ("depth", "distance") for pair in ("oc", "oo", "oc_mv", "oo_mv")}
@@ -51,7 +53,8 @@ SPAR_BOXES = "The values are bounding boxes normalised to 0-1000, with the origi
 def question_of(benchmark, row):
     """(options or None, right answer) of a benchmark's row: ["A. left", ...] and a letter, or None and a number as text.
 
-    SPAR writes its options into the question; they are read from there. Its view_change_infer is None and the text.
+    SPAR writes its options into the question, one a line or all on one; they are read from there. Its view_change_infer is
+    None and the text.
     """
     if benchmark in ("vsi", "spbench"):
         options = row.get("options")
@@ -64,8 +67,21 @@ def question_of(benchmark, row):
         if row["task"] in SPAR_LOW or row["task"] == "view_change_infer":
             return None, str(row["answer"]).strip()
         written = dict(re.findall(r"^[^\S\n]*\(?([A-F])[.):][^\S\n]*(.*)$", row["question"], re.MULTILINE))
-        return [f"{letter}. {written.get(letter, '')}" for letter in written or "ABCD"], str(row["answer"]).strip()[:1]
+        if "".join(written) not in ("AB", "ABC", "ABCD", "ABCDE", "ABCDEF"):
+            written = options_of_line(row["question"])
+        truth = str(row["answer"]).strip()[:1]
+        return [f"{letter}. {written.get(letter, '')}" for letter in (written if truth in written else "ABCD")], truth
     raise ValueError(f"benchmark {benchmark!r}: choose vsi, spbench, cvbench, spar or viewspatial")
+
+
+def options_of_line(text):
+    """{letter: option} of "... A. left B. right ...": marks that follow each other as A, B, C, ..., from the last A on."""
+    marks = []
+    for mark in re.finditer(r"(?<!\S)\(?([A-F])[.):]\s*", text):
+        marks = [] if mark[1] == "A" else marks
+        marks += [mark] * (mark[1] == "ABCDEF"[len(marks) : len(marks) + 1])
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    return {mark[1]: text[mark.end() : end].split("\n")[0].strip(" ,;") for mark, end in zip(marks, ends)}
 
 
 def options_and_answer(item):
@@ -87,7 +103,8 @@ def require_file(path):
 
 
 def table_rows(paths):
-    """Rows of parquet or JSON(-lines) files, pictures as bytes. Raises SystemExit naming a file that cannot be read."""
+    """Rows of parquet or JSON(-lines) files, pictures as {"bytes": ...}, also where the file has plain bytes. Raises SystemExit
+    naming a file that cannot be read."""
     for path in paths:
         require_file(path)
     kind = "parquet" if paths[0].suffix == ".parquet" else "json"
@@ -97,20 +114,58 @@ def table_rows(paths):
         raise SystemExit(f"{', '.join(map(str, paths))} cannot be read: {error.__cause__ or error}") from None
     for name, feature in rows.features.items():
         inner = getattr(feature, "feature", None)  # of a list
-        if isinstance(feature, datasets.Image):
+        if is_picture(feature):
             rows = rows.cast_column(name, datasets.Image(decode=False))
-        elif isinstance(inner, datasets.Image):
+        elif is_picture(inner):
             rows = rows.cast_column(name, type(feature)(datasets.Image(decode=False)))
     return rows
 
 
+def is_picture(feature):
+    """Whether a column of a table holds pictures: an Image, or plain bytes."""
+    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in ("binary", "large_binary")
+
+
+def with_ids(rows, *fields):
+    """(id, row) of each row, the id made of `fields`. Where an id repeats, the row's number follows it."""
+    seen = set()
+    for number, row in enumerate(rows):
+        key = "-".join(str(row[name]) for name in fields)
+        key = f"{key}#{number}" if key in seen else key
+        seen.add(key)
+        yield key, row
+
+
+def without_copies(paths):
+    """The files of different content; of copies only the first. Raises SystemExit if they lie in several folders: these are
+    versions of one table."""
+    first = {}
+    for path in paths:
+        require_file(path)
+        known = first.setdefault(file_digest(path), path)
+        if known != path:
+            common.print0(f"{path} is a copy of {known}: read once")
+    folders = sorted({str(path.parent) for path in first.values()})
+    if len(folders) > 1:
+        raise SystemExit(f"There are different tables in {', '.join(folders)}. Keep one of these folders.")
+    return list(first.values())
+
+
+@lru_cache(None)
+def file_digest(path):
+    """SHA-256 of a whole file, 64 hex digits; videos, too (about a second a GB). Each file is read once a run."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def unpack(pictures, folder, name):
-    """Write embedded pictures ({"bytes": ...}) to `folder`, once. Returns their paths."""
+    """Write embedded pictures ({"bytes": ...}) to `folder`, once. A file is named by its question and its content, so that
+    another picture never takes its place. Returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for number, picture in enumerate(pictures):
-        short = hashlib.sha256(str(name).encode()).hexdigest()[:8]  # "a/b" and "a_b" are two names
-        path = folder / f"{re.sub(r'[^A-Za-z0-9_-]', '_', str(name))}-{short}-{number}.img"
+    for picture in pictures:
+        digest = hashlib.sha256(picture["bytes"]).hexdigest()[:16]
+        path = folder / f"{re.sub(r'[^A-Za-z0-9_-]', '_', str(name))}-{digest}.img"
         if not path.is_file():
             new = path.with_suffix(f".{os.getpid()}")  # several processes may write it at the same time
             new.write_bytes(picture["bytes"])
@@ -126,18 +181,18 @@ def read_vsi(root, settings, folder):
     if settings.vsi == "full":
         path = root / "test-00000-of-00001.parquet"
         path = path if path.is_file() else root / "test.jsonl"
-    for row in table_rows([path]):
-        yield row["id"], row, (str(root / row["dataset"] / f"{row['scene_name']}.mp4"),), row["question"]
+    for key, row in with_ids(table_rows([path]), "id"):
+        yield key, row, (str(root / row["dataset"] / f"{row['scene_name']}.mp4"),), row["question"]
 
 
 def read_spbench(root, settings, folder, part="SI"):
     """SPBench: one picture (SI) or eight (MV)."""
     root = root / "SPBench"
-    for row in table_rows([root / f"SPBench-{part}.parquet"]):
+    for key, row in with_ids(table_rows([root / f"SPBench-{part}.parquet"]), "id"):
         names = [row["images"]] if isinstance(row["images"], str) else list(row["images"])
         folders = (root, root / "images", root / f"SPBench-{part}-images")
         places = [[place / name for place in folders] + [place / row["scene_name"] / name for place in folders] for name in names]
-        yield row["id"], row, tuple(str(next(filter(Path.is_file, some), some[0])) for some in places), row["question"]
+        yield key, row, tuple(str(next(filter(Path.is_file, some), some[2])) for some in places), row["question"]
 
 
 def read_spbench_mv(root, settings, folder):
@@ -148,17 +203,17 @@ def read_spbench_mv(root, settings, folder):
 def read_cvbench(root, settings, folder):
     """CV-Bench: one embedded picture."""
     root = root / "CV-Bench"
-    for row in table_rows([root / "test_2d.parquet", root / "test_3d.parquet"]):
-        key = f"{row['type']}-{row['idx']}"
+    for key, row in with_ids(table_rows([root / "test_2d.parquet", root / "test_3d.parquet"]), "type", "idx"):
         yield key, row, unpack([row["image"]], folder / "pictures" / "cvbench", key), row["question"]
 
 
 def read_spar(root, settings, folder):
     """SPAR-Bench: one to three embedded pictures; the options are part of the question."""
     root = root / "SPAR-Bench"
-    for row in table_rows(sorted(root.glob("**/*.parquet")) or [root / "test.parquet"]):
+    paths = without_copies(sorted(root.glob("**/*.parquet"))) or [root / "test.parquet"]
+    for key, row in with_ids(table_rows(paths), "id"):
         text = row["question"] + (f"\n{SPAR_BOXES}" if row["task"] in ("position_matching", "camera_motion_infer") else "")
-        yield row["id"], row, unpack(row["image"], folder / "pictures" / "spar", row["id"]), text
+        yield key, row, unpack(row["image"], folder / "pictures" / "spar", key), text
 
 
 def read_viewspatial(root, settings, folder):
@@ -192,15 +247,17 @@ def read_items(name, settings, folder):
         for key, row, images, text in ADAPTERS[name](Path(settings.data), settings, folder):
             lost = [path for path in images if not Path(path).is_file()]
             if lost and not settings.allow_missing:
-                raise SystemExit(f"{name}, question {key}: {lost[0]} does not exist (--allow_missing skips such questions).")
+                told = common.missing_file(lost[0], settings.data)
+                raise SystemExit(f"{name}, question {key} (--allow_missing skips such questions): {told}")
             missing += bool(lost)
             if lost:
                 continue
             options, answer = question_of(scorer, row)
             options = None if scorer == "spar" else options  # SPAR's question lists them already
             data_type = "video" if scorer == "vsi" else "single_image" if len(images) == 1 else "multi_view"
-            text = text.replace("<image>", "").strip()
+            text = common.clean_question(text)
             example = Example(f"{name}:{key}", images, data_type, type_of(row), text, options, answer)
+            common.check_text(example, f"{name}, question {key}")
             items.append(Item(scorer, {key: value for key, value in row.items() if key != "image"}, example))
     if not items:
         raise SystemExit(f"{name}: no question is left ({missing} lack their pictures).")
@@ -233,7 +290,8 @@ def read_stage0(data, hint, folder):
     if hint:
         items = [item for item in items if item.boxes]
         for item in items:
-            path = folder / "pictures" / hint / f"{item.example.id.split(':')[-1]}.png"
+            drawn = f"{file_digest(item.example.images[0])} {json.dumps(item.boxes)}"  # what the picture depends on
+            path = folder / "pictures" / hint / f"{hashlib.sha256(drawn.encode()).hexdigest()[:16]}.png"
             draw_hint(item, hint, path)
             item.example = replace(item.example, images=(str(path),))
     return items
@@ -263,8 +321,9 @@ def score_prediction(benchmark, row, prediction, scorer="strict"):
     """Score one prediction in [0, 1].
 
     benchmark: vsi, spbench, cvbench, spar or viewspatial; row: the benchmark's own fields; prediction: the whole completion.
-    strict: the last <answer> (without one, the whole text) must be a letter, the option's own words, or one number; numbers
-    score their mean relative accuracy. Empty and ambiguous answers, nan and inf score 0.
+    strict: the last <answer> (without one, the whole text) must be a letter, the option's own words, or one number, as
+    common.parse_choice and parse_number read them; numbers score their mean relative accuracy. Empty and ambiguous answers,
+    nan and inf score 0.
     paper: the published scorer bit for bit, faults included. Raises ZeroDivisionError where that does: vsi and spbench, a
     number for a true value of 0.
     """
@@ -378,7 +437,7 @@ MOTIONS = [("move_right", "move_left"), ("move_up", "move_down"), ("move_forward
 
 def parse_motions(text):
     """"move_right:0.3, rotate_up:12" as a dict. A part that is not of this form is left out."""
-    found = (part.split(":") for part in text.lower().split(","))
+    found = (part.split(":") for part in common.bare_answer(text).lower().split(","))
     pairs = [(part[0].strip(), common.parse_number(part[1])) for part in found if len(part) == 2]
     return {name: value for name, value in pairs if value is not None}
 
@@ -559,10 +618,12 @@ def benchmark_scores(name, items, rows, missing):
 
 
 def benchmark_table(name, scores, model):
-    """Rows of cells: the published models, ours under both scorers, the best constant guess. Percent."""
+    """Rows of cells: the published models (always on all questions of the full set), ours under both scorers, the best constant
+    guess. Percent."""
     missing = f", {scores['missing']} without pictures skipped" if scores["missing"] else ""
     head = [f"{name} ({scores['questions']} questions{missing})", *scores["strict"]["columns"]]
-    rows = [[model, *(f"{x:.1f}" for x in numbers)] for model, numbers in PUBLISHED.get(name, {}).items()]
+    published = PUBLISHED.get(name, {}).items()
+    rows = [[f"{other} (paper, full set)", *(f"{x:.1f}" for x in numbers)] for other, numbers in published]
     labels = {"guess": "best constant guess", "paper": f"{model}, published scorer", "strict": f"{model}, strict"}
     for key, label in labels.items():
         if key in scores:

@@ -15,6 +15,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 from PIL import Image, ImageDraw
+from scipy.spatial import ConvexHull, QhullError
 from tqdm import tqdm
 
 import common
@@ -419,6 +420,14 @@ def floor_plan(objects, cameras, side=260):
     }
 
 
+def outline(points):
+    """The corners (m, 2) of the convex hull of points (n, 2)."""
+    try:
+        return points[ConvexHull(points).vertices]
+    except QhullError:  # all on one line
+        return points
+
+
 def draw_gallery(root, types, seed, columns=4, scale=3):
     """gallery.png as a picture: two pictures of each of the toy's question types, with all boxes, and question and answer below."""
     rows = common.read_jsonl(root / common.FILES["spatial"])
@@ -436,6 +445,8 @@ def draw_gallery(root, types, seed, columns=4, scale=3):
             x1, y1, x2, y2 = (value * scale for value in thing["bbox_2d"])
             draw.rectangle([x1, y1, x2 - 1, y2 - 1], outline="white")
             draw.text((x1 + 2, y1), thing["label"], fill="black")
+        for name in row["image"][1:]:  # a depth picture or a crop, small in the corner
+            tile.paste(Image.open(root / "images" / name).convert("RGB").resize((96, 96)), (width - 96, 0))
         words = " ".join([row["question"], *(row["options"] or []), "->", row["answer"]])
         words = textwrap.fill(words, 53, break_on_hyphens=False)
         draw.text((2, height + 2), words, fill="black")

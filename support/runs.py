@@ -3,14 +3,13 @@
 1 optimizers  AdamW, Muon, the learning-rate schedule
 2 settings    dataclasses of settings, read from the command line
 3 processes   start them, share work, sum over them, stop at signals
-4 files       written whole or not at all
-5 data        training and held-out scenes; answers to many questions
-6 runs        the folder of a run: steps, log, checkpoint
-7 memory      what training needs at its largest, before it starts
+4 data        training and held-out scenes; answers to many questions
+5 runs        the folder of a run: steps, log, checkpoint
 """
 
 import argparse
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -30,17 +29,18 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 
-import psutil
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from accelerate.utils.other import get_free_port
-from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import HfArgumentParser
+from transformers import (
+    HfArgumentParser,
+)
 
 import common
 from common import print0
+from support import files
 from support.report import draw_curves
 
 # ------------------------------------------------------------------------------------------------
@@ -94,8 +94,18 @@ OPTIMIZERS = {"adamw": adamw, "muon": muon}  # the choices of --optimizer
 
 
 def make_optimizers(model, settings):
-    """A list of optimizers for the trainable parameters of `model`."""
-    return OPTIMIZERS[settings.optimizer]([(name, p) for name, p in model.named_parameters() if p.requires_grad], settings)
+    """A list of optimizers for the trainable parameters of `model`. They update a float32 copy of a bf16 parameter, its
+    attribute `master`: most updates of full tuning are too small to change a number of eight bits, and would be lost."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for _, parameter in trained:
+        if parameter.dtype != torch.float32:
+            parameter.master = parameter.detach().float()
+    return OPTIMIZERS[settings.optimizer]([(name, master(p)) for name, p in trained], settings)
+
+
+def master(parameter):
+    """The tensor that the optimizer updates: the float32 copy of a bf16 parameter, or the parameter itself."""
+    return getattr(parameter, "master", parameter)
 
 
 def optimizer_step(model, optimizers, settings, step, steps):
@@ -104,7 +114,12 @@ def optimizer_step(model, optimizers, settings, step, steps):
     The rate rises linearly over the first `warmup` share of `steps`, then falls to zero as a cosine. A gradient that is zero
     everywhere or not finite changes nothing: the momentum of earlier steps must not move weights when nothing was learnt.
     """
-    norm = float(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], settings.clip))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    copied = [p for p in trained if master(p) is not p]
+    for parameter in copied:
+        parameter.master.grad = None if parameter.grad is None else parameter.grad.float()
+        parameter.grad = None
+    norm = float(torch.nn.utils.clip_grad_norm_([master(p) for p in trained], settings.clip))
     rising = max(1, round(settings.warmup * steps))
     factor = (step + 1) / rising if step < rising else 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
     for optimizer in optimizers:
@@ -113,6 +128,8 @@ def optimizer_step(model, optimizers, settings, step, steps):
         if 0 < norm < math.inf:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    for parameter in copied:
+        parameter.data.copy_(parameter.master)
     return norm
 
 
@@ -138,6 +155,7 @@ class Settings:
     seed: int = setting(0, "seed of the data order and of sampling")
     max_steps: int = setting(0, "stop after this many optimiser steps (0: no limit); the schedule stays as planned")
     resume: str = setting("auto", "auto: resume this run if it was stopped; never: start again", ("auto", "never"))
+    seconds_per_grid: float = setting(1.0, "videos: seconds between two pairs of frames, for their positions (Qwen's code: 1)")
     processes: int = setting(2, "processes that share the work on a CPU; on GPUs use torchrun")
 
 
@@ -274,6 +292,31 @@ def all_reduce_gradients(parameters):
         parameter.grad = part.view_as(parameter)
 
 
+CGROUPS, PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # what a container or a job of a cluster may use
+
+
+def cgroup_limits(kind, *names):
+    """The numbers in files of this process's control group and of those above it, as far as they are visible: a list of lists.
+    kind: "cpu" or "memory", the folder of version 1; version 2 has one folder for all."""
+    found = []
+    with contextlib.suppress(OSError):  # only Linux has them
+        for line in PROCESS.read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            group = CGROUPS / (kind if kinds else "") / path.strip("/")
+            for folder in (group, *group.parents) if kind in kinds.split(",") or not kinds else ():
+                if all((folder / name).is_file() for name in names):
+                    words = " ".join((folder / name).read_text() for name in names).replace("max", "inf").split()
+                    found.append([float(word) for word in words])
+    return found
+
+
+def usable_cores():
+    """How many CPU cores this process may use: those it may run on, within the quotas of its control groups."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quotas = cgroup_limits("cpu", "cpu.max") + cgroup_limits("cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us")
+    return math.ceil(min([cores, *(quota / period for quota, period in quotas if quota > 0)]))
+
+
 def launch(work, settings, graceful=False):
     """Run work(settings) in `settings.processes` processes on a CPU; in this process on a GPU, and under torchrun.
 
@@ -345,12 +388,11 @@ def run_here(work, settings):
 def join_processes(settings):
     """Join the processes that share the work, and seed this one."""
     torch.manual_seed(settings.seed)
-    if (size := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+    threads = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", 1))
+    torch.set_num_threads(max(1, min(threads, torch.get_num_threads())))  # never more than OMP_NUM_THREADS says
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(device())
-        else:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            torch.set_num_threads(max(1, cores // size))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
@@ -366,6 +408,8 @@ def error_text(error, settings):
     """What to print about an error that ends the program; empty where another process's end is the cause."""
     if isinstance(error, SystemExit):
         return error.code
+    if isinstance(error, FloatingPointError):
+        return f"{error}. Use --load fp32; if that does not help, the weights are broken."
     if isinstance(error, OSError) and error.filename:
         command = "the same command" + (" without --resume never" if settings.resume == "never" else "")
         return (f"{error.filename2 or error.filename} cannot be read or written ({error.strerror}). What is done is kept: fix "
@@ -404,7 +448,7 @@ def handle_signals(settings, graceful=False):
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
-    except OSError as error:
+    except (OSError, FloatingPointError) as error:
         raise SystemExit(f"\n{error_text(error, settings)}") from None  # a new line: there may be a progress bar
     finally:
         for number, handler in before.items():
@@ -412,32 +456,7 @@ def handle_signals(settings, graceful=False):
 
 
 # ------------------------------------------------------------------------------------------------
-# 4. Files
-# ------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def disk_errors(path):
-    """Make an OSError name a file: `path`, if it names none (the error of a full disk does not)."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(None, str(error), str(path)) from None
-    except OSError as error:
-        name = error.filename2 or error.filename or str(path)  # of two, the one that is written
-        raise OSError(error.errno, error.strerror or str(error), name) from None
-
-
-def write_atomic(path, text):
-    """Write a text file under another name, then rename it: the file at `path` is whole at any moment."""
-    new = Path(path).with_name(f"{Path(path).name}.new")
-    with disk_errors(path):
-        new.write_text(text, encoding="utf-8")
-        new.replace(path)
-
-
-# ------------------------------------------------------------------------------------------------
-# 5. Data
+# 4. Data
 # ------------------------------------------------------------------------------------------------
 
 HELD_OUT = 0.02  # share of the rooms that is never trained on, where the data has no heldout/ folder
@@ -451,20 +470,23 @@ def room_of(path):
 
 
 def held_out_rooms(settings):
-    """The rooms that are scored and never trained on, drawn by seed from all files of the data: the same in every stage.
+    """The rooms that are scored and never trained on: those of the heldout/ folder, or HELD_OUT of all rooms in the data's files.
 
-    Empty with --eval_scenes 0, where a heldout/ folder has other rooms to score, and if there is only one room.
+    They depend on the data alone, so that they are the same in every stage and with every --seed. Empty with --eval_scenes 0,
+    and if there is only one room.
     """
     data, rooms, real = Path(settings.data), set(), lru_cache(None)(os.path.realpath)
-    if not settings.eval_scenes or (data / "heldout").is_dir():
+    if not settings.eval_scenes:
         return rooms
+    data = data / "heldout" if (data / "heldout").is_dir() else data
     for name in common.FILES.values():
-        for row in common.read_jsonl(data / name) if (data / name).is_file() else []:
+        path = data / name
+        for row in common.read_jsonl(path) if path.is_file() and path.stat().st_size else []:
             for image in [row["image"]] if isinstance(row.get("image"), str) else row.get("image") or []:
-                path = data / "images" / str(image)
-                rooms.add(room_of(Path(real(path.parent)) / path.name))
-    count = max(1, round(HELD_OUT * len(rooms))) if len(rooms) > 1 else 0
-    return set(random.Random(settings.seed).sample(sorted(rooms), count))
+                picture = data / "images" / str(image)
+                rooms.add(room_of(Path(real(picture.parent)) / picture.name))
+    count = len(rooms) if data.name == "heldout" else max(1, round(HELD_OUT * len(rooms))) if len(rooms) > 1 else 0
+    return set(random.Random(0).sample(sorted(rooms), count))
 
 
 def training_scenes(settings, kinds, processor):
@@ -473,7 +495,7 @@ def training_scenes(settings, kinds, processor):
     scenes = common.load_scenes(settings.data, kinds, processor)
     kept = [scene for scene in scenes if not rooms & {room_of(path) for path in scene.images}]
     if rooms:
-        print0(f"{len(kept)} training scenes; held out: {len(scenes) - len(kept)} scenes (rooms: {len(rooms)})")
+        print0(f"{len(kept)} training scenes; {len(scenes) - len(kept)} left out; held out are {len(rooms)} rooms")
     return kept
 
 
@@ -484,8 +506,7 @@ def held_out_scenes(settings, kinds, processor):
     if not settings.eval_scenes or not (rooms or folder.is_dir()):
         return []
     scenes = common.load_scenes(folder if folder.is_dir() else settings.data, kinds, processor)
-    if rooms:
-        scenes = [scene for scene in scenes if rooms & {room_of(path) for path in scene.images}]
+    scenes = [scene for scene in scenes if rooms & {room_of(path) for path in scene.images}]
     return random.Random(0).sample(scenes, min(settings.eval_scenes, len(scenes)))
 
 
@@ -538,37 +559,70 @@ def generate_answers(backbone, scenes, mode, max_new_tokens, temperature=0.0, ev
 
 
 # ------------------------------------------------------------------------------------------------
-# 6. Runs
+# 5. Runs
 # ------------------------------------------------------------------------------------------------
 
-FREE = ("out", "max_steps", "resume", "processes", "track")  # settings that may change when a run is resumed
+FREE = ("out", "max_steps", "resume", "processes", "track", "digests")  # settings that may change when a run is resumed
 MOST_SKIPPED = 5  # steps in a row without a finite gradient that end the run
 
 
-def is_finished(settings, names=None):
-    """Whether the run in `settings.out` has written its model, with these settings (names: which are compared; default all)."""
+def digest(paths):
+    """A short name for the contents of files; "" if none exists. A folder counts with the names and sizes of its files, a file
+    above 64 MB with its size and 1,000 pieces."""
+    out, paths = hashlib.sha256(), [Path(path) for path in paths if Path(path).exists()]
+    for path in paths:
+        listing = [(name, os.lstat(f"{top}/{name}").st_size) for top, _, names in sorted(os.walk(path)) for name in sorted(names)]
+        size = 0 if path.is_dir() else path.stat().st_size
+        out.update(f"{path.name} {size} {listing}".encode())
+        for place in range(0, size, max(2**16, size // 1000)):
+            with path.open("rb") as file:
+                file.seek(place)
+                out.update(file.read(2**16))
+    return out.hexdigest()[:16] if paths else ""
+
+
+def model_files(folder):
+    """The weights and JSON files of a model; none if the folder has no model."""
+    return sorted([*Path(folder).glob("*.json"), *Path(folder).glob("*.safetensors")]) if common.has_model(folder) else []
+
+
+def run_config(settings, more=()):
+    """config.json of a run: the settings, and digests of what it starts from: the model (not of a hub id), the rows of the data
+    (with the names and sizes of the pictures), and `more`, {what: paths}."""
+    roots = [Path(settings.data), Path(settings.data) / "heldout"]
+    rows = [root / name for root in roots for name in (*common.FILES.values(), "objects.jsonl", "images")]
+    files = {"model": model_files(settings.model), "data": rows} | dict(more)
+    return asdict(settings) | {"digests": {name: digest(paths) for name, paths in files.items()}}
+
+
+def is_finished(settings, names=None, more=()):
+    """Whether the run in `settings.out` has written its model. Raises SystemExit if that was made with other settings (names:
+    which are compared; default: all that matter) or from another model or other data. more: as in run_config."""
     folder = Path(settings.out)
-    if settings.resume == "never" or not (folder / "model" / "config.json").is_file():
+    if settings.resume == "never" or not common.has_model(folder / "model"):
         return False
-    made, now = folder / "config.json", asdict(settings)
-    if made.is_file():
-        made = json.loads(made.read_text(encoding="utf-8"))
-        if names:
-            refuse_others(folder, made, now, names)
-        elif any(made.get(name) != now[name] for name in now if name not in ("out", "resume", "processes", "track")):
+    if (folder / "config.json").is_file():
+        made, now = json.loads((folder / "config.json").read_text(encoding="utf-8")), run_config(settings, more)
+        refuse_others(folder, made, now, names or [name for name in now | made if name not in FREE])
+        if not names and made.get("max_steps") != now["max_steps"]:
             return False
     print0(f"{folder} is finished; --resume never trains it again")
     return True
 
 
 def refuse_others(folder, made, now, names):
-    """Raise SystemExit, naming the first setting that differs, if `folder` was made with other settings. made, now: dicts."""
-    for name in names:
-        if made.get(name, ...) != now.get(name, ...):
+    """Raise SystemExit, naming the first setting that differs, if `folder` was made with other settings. made, now: dicts, such
+    as from run_config. What has a digest in both is compared by it: a folder may move, or change under the same name."""
+    digests = [some.get("digests", {}) for some in (made, now)]
+    known = [name for name in digests[1] if all(some.get(name) for some in digests)]
+    for name in dict.fromkeys([*names, *known]):
+        old, new = (some.get(name, ...) for some in (digests if name in known else (made, now)))
+        if old != new:
             before, after = (f"--{name} {some[name]}" if name in some else f"no --{name}" for some in (made, now))
-            raise SystemExit(
-                f"{folder} was made with {before}, not {after}. Use the same, or --resume never to start again, or another --out."
-            )
+            what = f"was made with {before}, not {after}. Use the same"
+            if before == after:
+                what = f"was made before the {name}{f' in {now[name]}' if name in now else ''} changed. Put the old one back"
+            raise SystemExit(f"{folder} {what}, or --resume never to start again, or another --out.")
 
 
 class Run:
@@ -581,12 +635,13 @@ class Run:
         run.finish(backbone)
     """
 
-    def __init__(self, settings, panels):
-        """Make the folder and write config.json. panels: {title: [metric, ...]} of curves.png.
+    def __init__(self, settings, panels, more=()):
+        """Make the folder and write config.json. panels: {title: [metric, ...]} of curves.png. more: as in run_config.
 
-        Raises SystemExit, naming the setting, if the folder has a checkpoint that was made with other settings.
+        Raises SystemExit if the folder has a checkpoint that was made with other settings, or from another model or other data.
         """
         self.settings, self.panels, self.folder = settings, panels, Path(settings.out)
+        self.config = run_config(settings, more)
         self.checkpoint = self.folder / "checkpoint.pt"
         self.scores, self.skipped, self.ended, self.tracker = {}, 0, False, None
         if rank() == 0 and settings.resume not in ("auto", "never") and not self.checkpoint.is_file():
@@ -597,12 +652,13 @@ class Run:
         barrier()
         if rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(self.folder / "model", ignore_errors=True)  # model/ beside config.json means: finished
-            write_atomic(self.folder / "config.json", json.dumps(asdict(settings), indent=2))
+            for name in ("model", "adapter"):  # model/ beside config.json means: finished
+                files.remove_folder(self.folder / name)
+            files.write_atomic(self.folder / "config.json", json.dumps(self.config, indent=2))
             for name in ("metrics.jsonl", "samples.jsonl"):  # drop what was logged after the checkpoint
                 # Not splitlines: a sample may contain a line separator of its own (U+2028).
                 lines = (self.folder / name).read_text(encoding="utf-8").split("\n") if (self.folder / name).is_file() else []
-                write_atomic(self.folder / name, "".join(f"{line}\n" for line in lines if logged_by(line, self.first)))
+                files.write_atomic(self.folder / name, "".join(f"{line}\n" for line in lines if logged_by(line, self.first)))
             if not self.first:
                 self.checkpoint.unlink(missing_ok=True)
             self.tracker = start_tracker(settings.track, self.folder) if settings.track != "off" else None
@@ -661,6 +717,15 @@ class Run:
                 "or use --load fp32; if it is always the same examples, look at them. The last checkpoint is whole."
             )
 
+    @contextlib.contextmanager
+    def check_finite(self):
+        """Turn the FloatingPointError of a rollout into one line with the step."""
+        try:
+            yield
+        except FloatingPointError as error:
+            advice = "Lower --lr, or use --load fp32. The last checkpoint is whole."
+            raise SystemExit(f"step {self.step + 1}: {error}. {advice}") from None
+
     def log_samples(self, examples, texts, count=4, **columns):
         """Append the first `count` questions, answers and completions to samples.jsonl. columns: further lists to write."""
         for i, example in enumerate(examples[:count]):
@@ -684,21 +749,21 @@ class Run:
     def finish(self, backbone):
         """Write model/ (and adapter/), from rank 0; the others wait for it."""
         if rank() == 0:
-            with disk_errors(self.folder / "model"):
-                common.save_model(backbone, self.folder)
+            with files.disk_errors(self.folder / "model"):
+                files.save_model(backbone, self.folder)
             if self.tracker:
                 self.tracker.finish()
         print0(f"wrote {self.folder}/model")
         barrier()
 
     def save(self, step, backbone, optimizers):
-        """Write checkpoint.pt: trained weights, optimizers, step, settings. Under another name first, so that a stop at any
-        moment leaves a whole one. It needs no random state: every step is seeded by (seed, step, rank)."""
+        """Write checkpoint.pt: trained weights (float32), optimizers, step, config. Under another name first, so that a stop at
+        any moment leaves a whole one. It needs no random state: every step is seeded by (seed, step, rank)."""
         if rank() > 0:
             return
-        weights = {name: p.detach().contiguous() for name, p in backbone.model.named_parameters() if p.requires_grad}
-        state = {"step": step, "config": asdict(self.settings), "ended": self.ended, "weights": weights,
-                 "checksum": getattr(backbone, "checksum", None), "optimizers": [o.state_dict() for o in optimizers]}  # fmt: skip
+        weights = {name: master(p).detach().contiguous() for name, p in backbone.model.named_parameters() if p.requires_grad}
+        state = {"step": step, "config": self.config, "ended": self.ended, "weights": weights,
+                 "optimizers": [o.state_dict() for o in optimizers]}  # fmt: skip
         new = self.checkpoint.with_suffix(".new")
         try:
             torch.save(state, new)
@@ -706,19 +771,15 @@ class Run:
         except (OSError, RuntimeError) as error:  # torch has its own error for a full disk
             new.unlink(missing_ok=True)
             needed = 3 * sum(weight.numel() * weight.element_size() for weight in weights.values())
-            whole = f"{self.checkpoint} is whole: make room, and rerun the same command to resume from it."
-            raise SystemExit(
-                f"{new} cannot be written ({error}); it needs about {needed:,} bytes. "
-                + (whole if self.checkpoint.is_file() else "Make room.")
-            ) from None
+            whole = f" {self.checkpoint} is whole: rerun the same command to resume from it." if self.checkpoint.is_file() else ""
+            raise SystemExit(f"{new} cannot be written ({error}); it needs about {needed:,} bytes. Make room.{whole}") from None
 
     def read_checkpoint(self):
         """The checkpoint, its tensors still on the disk. Raises SystemExit if it is broken or was made with other settings."""
         with self.checkpoint_errors():
             state = torch.load(self.checkpoint, map_location="cpu", mmap=True, weights_only=True)
             step, made = int(state["step"]), dict(state["config"])
-        now = asdict(self.settings)
-        refuse_others(self.folder, made, now, [name for name in now | made if name not in FREE])
+        refuse_others(self.folder, made, self.config, [name for name in self.config | made if name not in FREE])
         print0(f"resuming from step {step} of {self.checkpoint}")
         return state
 
@@ -728,9 +789,10 @@ class Run:
             weights = self.state["weights"]
             if other := sorted({name for name, p in backbone.model.named_parameters() if p.requires_grad} ^ set(weights)):
                 raise ValueError(f"it has other weights, such as {other[0]}: it belongs to another model")
-            if self.state["checksum"] and self.state["checksum"] != backbone.checksum:
-                raise ValueError(f"{backbone.path} is no longer the model that it started from")
             backbone.model.load_state_dict(weights, strict=False)
+            for name, parameter in backbone.model.named_parameters():
+                if master(parameter) is not parameter:
+                    parameter.master.copy_(weights[name])
             for optimizer, state in zip(optimizers, self.state["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
 
@@ -782,116 +844,3 @@ def start_tracker(name, folder):
         return tracker
     except ImportError as error:
         raise SystemExit(f"--track {name}: {error}. Install it with: pip install {name}") from None
-
-
-# ------------------------------------------------------------------------------------------------
-# 7. Memory
-# ------------------------------------------------------------------------------------------------
-
-def scene_length(backbone, scene):
-    """Tokens of a scene's prefix, from the size of its first picture. Raises SystemExit if that cannot be read."""
-    processor, video, count = backbone.processor, scene.data_type == "video", len(scene.images)
-    side = processor.patch_size * processor.merge_size  # pixels of a token
-    if scene.images[0].endswith(".mp4"):
-        tokens, count = processor.size["longest_edge"] // side**2, backbone.frames  # at most
-    else:
-        tokens = math.prod(common.resized_size(processor, *common.picture_size(scene.images[0]))) // side**2
-    pictures = math.ceil(count / 2) if video else count
-    around = len(common.encode_text(backbone.tokenizer, common.PREFIX_START)) + 2 * (1 if video else pictures)
-    return around + pictures * tokens
-
-
-def pack_lengths(backbone, packs):
-    """Token counts of packs: [(prefix, [(prompt, completion), ...]), ...]."""
-    prefixes = {id(scene): scene_length(backbone, scene) for scene in {id(pack.scene): pack.scene for pack in packs}.values()}
-    return [(prefixes[id(pack.scene)], [(len(prompt), len(text)) for prompt, text in pack.pairs]) for pack in packs]
-
-
-def stored_by_layer(backbone, prefixes, branches):
-    """Bytes that autograd stores for ONE layer of the language model, counted while it runs on zeros.
-
-    prefixes, branches: token counts as in common.pack_layout.
-    """
-    model, stored = common.unwrap(backbone.model), {}
-    text, width = model.model.language_model, model.config.text_config.hidden_size
-    layout = common.pack_layout(prefixes, branches, backbone.device)
-    tokens, like = len(layout.unpad), {"dtype": model.dtype, "device": backbone.device}
-    hidden = torch.zeros(1, tokens, width, requires_grad=True, **like)  # (1, T, width)
-    angles = text.rotary_emb(hidden, torch.zeros(3, 1, tokens, dtype=torch.long, device=backbone.device))
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-
-    def note(tensor):
-        memory = tensor.untyped_storage()
-        if memory.data_ptr() not in weights:
-            stored[memory.data_ptr()] = memory.nbytes(), tensor  # the tensor is kept, so that its address is not used again
-        return tensor
-
-    backbone.model.eval()  # in train mode with checkpointing nothing would be stored
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        text.layers[0](hidden, position_embeddings=angles, layout=layout)
-    return sum(size for size, _ in stored.values())
-
-
-def memory_budget(backbone, settings, prefixes, branches, learnt, sequences, length):
-    """Bytes that training needs at its largest: ({part: bytes}, peak). Not all parts exist at the same time.
-
-    prefixes, branches: token counts of the largest micro-batch, as in common.pack_layout; learnt: its completion tokens, whose
-    logits are computed. sequences, length: how many answers are generated at once, and the tokens of the longest with its prefix.
-    Not counted: the vision tower's activations (frozen: they are freed before) and features that are kept.
-    """
-    model = common.unwrap(backbone.model)
-    text, number = model.config.text_config, model.dtype.itemsize
-    layers, tokens = text.num_hidden_layers, sum(prefixes) + sum(map(sum, branches))
-    layer = stored_by_layer(backbone, prefixes, branches)
-    inner = tokens * text.intermediate_size * 2 * 4  # gradients inside a layer: two float32 tensors
-    if settings.checkpointing:  # the input of each layer is stored; the backward pass runs one layer again
-        stored, inner = layers * tokens * text.hidden_size * number, layer + inner
-    else:
-        stored = layers * layer
-    heads = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
-    parts = {
-        "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
-        # Gradients and AdamW's two averages. Muon has one: a small overestimate.
-        "optimizer": 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
-        "cache": sequences * length * 2 * layers * heads * number,
-        "activations": stored + inner,
-        "logits": min(learnt, common.LOGITS_AT_ONCE) * text.vocab_size * 3 * 4,  # three float32 tensors
-    }
-    learning = stored + max(inner, parts["logits"])  # the logits are freed before the gradients reach the layers
-    return parts, parts["weights"] + parts["optimizer"] + max(learning, parts["cache"])
-
-
-LOWER = {  # what to change if a part of the budget is the largest
-    "weights": "--load 4bit",
-    "optimizer": "--tune lora, or a lower --lora_rank",
-    "cache": "a lower --eval_batch (scoring), or --train_batch, --max_new_tokens and --group_size (stage 3)",
-    "activations": "--checkpointing true, then a lower --micro_batch, --max_pixels and --branches (stage 3: --max_new_tokens)",
-}
-
-
-def device_memory(device):
-    """Bytes that this process can use: of the GPU (within torch.cuda.set_per_process_memory_fraction), or its share of RAM."""
-    if device.type == "cuda":
-        free, whole = torch.cuda.mem_get_info(device)
-        return min(free + torch.cuda.memory_reserved(device), whole * torch.cuda.get_per_process_memory_fraction(device))
-    return psutil.virtual_memory().available / world_size() + psutil.Process().memory_info().rss
-
-
-def check_memory(backbone, settings, lengths, answers, new_tokens):
-    """Print one line about the memory that training needs at its largest, before it starts.
-
-    lengths: token counts of all packs, as from pack_lengths; answers: how many are generated at once; new_tokens: of the longest.
-    Raises SystemExit, naming the settings to lower, if there is not enough.
-    """
-    ordered = sorted(lengths, key=lambda pack: pack[0] + sum(map(sum, pack[1])))
-    largest = ordered[-min(settings.micro_batch, settings.train_batch) :]
-    parts, peak = memory_budget(
-        backbone, settings, [prefix for prefix, _ in largest], [[sum(pair) for pair in pairs] for _, pairs in largest],
-        sum(text for _, pairs in largest for _, text in pairs), answers, max(prefix for prefix, _ in lengths) + new_tokens,
-    )  # fmt: skip
-    available = device_memory(backbone.device)
-    line = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in parts.items())
-    print0(f"memory in MB: {line}, not all at the same time; at most {peak / 1e6:,.0f} of {available / 1e6:,.0f}")
-    if peak > available:
-        most = max(LOWER, key=parts.get)
-        raise SystemExit(f"This needs {peak / 1e9:.1f} GB of {available / 1e9:.1f} GB. Most is {most}: try {LOWER[most]}.")

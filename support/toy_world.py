@@ -11,7 +11,6 @@ The base takes the place of Qwen's pre-trained model: its vision tower can see c
 import itertools
 import json
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 import common
-from support import runs
+from support import files, runs
 
 # ------------------------------------------------------------------------------------------------
 # 1. Rooms
@@ -405,7 +404,7 @@ def train_base(settings):
         for label_id, name_id in zip(task.label_ids, task.name_ids):  # both tokens of a name get the trained embedding
             task.words[label_id] = task.words[name_id]
     if runs.rank() == 0:
-        save_base(Path(settings.out), scores, model, tokenizer, processor)
+        save_base(settings, scores, model, tokenizer, processor)
 
 
 def tokenizer_texts(root):
@@ -418,14 +417,21 @@ def tokenizer_texts(root):
     return texts + [f" {name} {name}" for name in NAMES] * 50
 
 
-def save_base(folder, scores, *parts):
-    """Write scores.json and model/ to `folder`. model/ is written under another name first: it appears only when it is whole."""
+CODE = {"code in support/toy_world.py": [__file__]}  # a base is recognised by it, too
+
+
+def is_base_made(settings):
+    """Whether settings.out has a base. Raises SystemExit if it was made with other settings, data or code of this file."""
+    return runs.is_finished(settings, ("seed", "max_steps", "base_steps", "base_batch"), CODE)
+
+
+def save_base(settings, scores, *parts):
+    """Write config.json, scores.json and model/ to settings.out. model/ is there only when all is whole."""
+    folder = Path(settings.out)
     folder.mkdir(parents=True, exist_ok=True)
-    runs.write_atomic(folder / "scores.json", json.dumps(scores, indent=2))
-    new = folder / "model.new"
-    shutil.rmtree(new, ignore_errors=True)
-    with runs.disk_errors(new):
+    files.remove_folder(folder / "model")
+    files.write_atomic(folder / "config.json", json.dumps(runs.run_config(settings, CODE), indent=2))
+    files.write_atomic(folder / "scores.json", json.dumps(scores, indent=2))
+    with files.disk_errors(folder / "model.new"), files.whole_folder(folder / "model") as new:
         for part in parts:
             part.save_pretrained(new)
-    shutil.rmtree(folder / "model", ignore_errors=True)
-    new.rename(folder / "model")

@@ -43,7 +43,8 @@ def build(folder):
     config = toy_world.build_model(tokenizer, 0).config
     config.text_config.update({"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 2})
     config.text_config.rope_parameters["mrope_section"] = [8, 12, 12]
-    config.vision_config.update({"hidden_size": 128, "out_hidden_size": 256, "intermediate_size": 384})
+    config.vision_config.update({"hidden_size": 128, "out_hidden_size": 256, "intermediate_size": 384,
+                                 "fullatt_block_indexes": [2]})  # windows in the others, as in the real tower (4 of its 32 see all)
     torch.manual_seed(0)
     model = Qwen2_5_VLForConditionalGeneration(config)
     for part in (model, tokenizer, Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=2048 * 28 * 28)):
@@ -143,7 +144,7 @@ def measure(backbone, folder, prefix_tokens, completion):
     end = list(common.encode_text(backbone.tokenizer, common.BRANCH_END))
     one, _ = rows_of(backbone, scene, [end])
     sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "eos_token_id": -1, "pad_token_id": 0,
-                "suppress_tokens": backbone.suppress}  # fmt: skip
+                "suppress_tokens": backbone.forbidden.nonzero()[:, 0].tolist()}  # fmt: skip
     out["rollout"] = ratio(
         lambda: common.branch_generate(backbone, common.encode_scenes(backbone, [scene]), [[end] * 8], completion, 1.0),
         lambda: backbone.model.generate(

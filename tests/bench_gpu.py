@@ -5,7 +5,7 @@
 
 The scripts themselves run, with --preset 3b, for each of --load (LoRA on bf16 and on 4-bit weights), with the card's memory
 capped at --cap GB. Pictures are noise of 640 x 480 pixels: stage 1 one picture, stage 2 a video of 16 frames with nine
-questions, stage 3 four questions about such videos, eight completions each. Rewards are drawn, since random weights earn none.
+questions, stage 3 eight questions about such videos, eight completions each. Rewards are drawn, since random weights earn none.
 
 estimated    GB that the memory line announced before training
 peak         GB that torch allocated at most; reserved: what its allocator held for it (fragments included)
@@ -14,8 +14,11 @@ rollout      tokens a second written by stage 3, all completions together
 update       tokens a second learnt from (shared prefixes counted once), scoring by policy and reference included
 mfu          model FLOPs of the update over the card's peak in bf16 (dense), in percent: 2 x parameters x tokens forward, as many
              backward (the weights are frozen); neither attention nor what checkpointing computes twice is counted
-generate     tokens a second of a rollout of eight for one prompt of a thousand tokens: ours, transformers' generate, and its
-             generate with a static cache (which transformers compiles, with CUDA graphs, on a GPU)
+hours        of the paper's epoch of stage 3: 2,585 steps of 8 prompts x 8 completions as long as here
+
+Then a rollout of eight for one prompt of a thousand tokens: milliseconds a token (of all eight rows; picture and prompt not
+counted) and tokens a second, for our captured and our eager step, transformers' generate, and its generate with a static cache
+(which transformers compiles, with CUDA graphs, on a GPU). limit: the time in which the card can read the weights once.
 """
 
 import argparse
@@ -36,7 +39,7 @@ import common
 import stage1_localize
 import stage2_understand
 import stage3_grpo
-from support import runs, toy_world
+from support import memory, runs, toy_world
 
 TEXT = {"vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36, "num_attention_heads": 16,
         "num_key_value_heads": 2, "max_position_embeddings": 128_000, "initializer_range": 0.02,
@@ -44,7 +47,9 @@ TEXT = {"vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 11_008,
 VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048,
           "fullatt_block_indexes": [7, 15, 23, 31], "initializer_range": 0.02}  # fmt: skip
 PEAKS = {"3090": 71, "4090": 165, "5090": 210, "L4": 121, "A100": 312, "A10": 125, "H100": 989, "H200": 989}  # TFLOP/s
+BANDWIDTH = {"3090": 936, "4090": 1008, "5090": 1792, "L4": 300, "A100": 1555, "A10": 600, "H100": 3350, "H200": 4800}  # GB/s
 QUESTIONS = 9
+EPOCH = 2585  # steps of stage 3 in the paper
 
 
 def build(folder, shape, device):
@@ -93,13 +98,13 @@ def stage(module, folder, load, asked):
         flags |= {"max_new_tokens": asked.new_tokens}
         (out.parent / "coldstart").mkdir()  # none is needed here: random weights earn nothing anyway
         (out.parent / "coldstart" / "model").symlink_to(folder / "model")
-    tokens, peaks, score, budget = {"forward": 0, "learnt": 0}, [], common.branch_logprobs, runs.memory_budget
+    tokens, peaks, score, budget = {"forward": 0, "learnt": 0}, [], common.branch_logprobs, memory.memory_budget
 
-    def counting(backbone, prefixes, branches):
+    def counting(backbone, prefixes, branches, sampler=False):
         count = sum(len(p.ids) for p in prefixes) + sum(len(p) + len(c) for group in branches for p, c in group)
         tokens["forward"] += count
         tokens["learnt"] += count * torch.is_grad_enabled()
-        return score(backbone, prefixes, branches)
+        return score(backbone, prefixes, branches, sampler)
 
     def noting(backbone, *largest):
         tokens["parameters"] = sum(p.numel() for p in common.unwrap(backbone.model).model.language_model.layers.parameters())
@@ -109,7 +114,7 @@ def stage(module, folder, load, asked):
         return budget(backbone, *largest)
 
     on_gpu = torch.cuda.is_available()
-    common.branch_logprobs, runs.memory_budget, runs.Run.finish = counting, noting, lambda *_: None
+    common.branch_logprobs, memory.memory_budget, runs.Run.finish = counting, noting, lambda *_: None
     stage3_grpo.rewards = lambda texts, *_: {"accuracy": np.random.default_rng(len(texts)).random(len(texts))}
     sys.argv = [name, *[str(word) for key, value in flags.items() for word in (f"--{key}", value)]]
     if on_gpu:
@@ -117,7 +122,7 @@ def stage(module, folder, load, asked):
     try:
         module.main()
     finally:
-        common.branch_logprobs, runs.memory_budget = score, budget
+        common.branch_logprobs, memory.memory_budget = score, budget
     rows = common.read_jsonl(out / "metrics.jsonl")
     figures = {"stage": name, "load": load, "estimated": peaks[0] / 1e9}
     if on_gpu:
@@ -129,16 +134,23 @@ def stage(module, folder, load, asked):
     figures["seconds"] = statistics.median(updates) + (statistics.median(writing) if writing else 0)
     figures["update"] = tokens["learnt"] / len(rows) / statistics.median(updates)
     if writing:
-        figures["rollout"] = rows[-1]["completion_tokens"] * 4 * 8 / statistics.median(writing)
-    peak = next((flops for card, flops in PEAKS.items() if on_gpu and card in torch.cuda.get_device_name()), None)
-    if peak:
+        completions = stage3_grpo.PRESETS["3b"]["train_batch"] * stage3_grpo.PRESETS["3b"]["group_size"]
+        figures["rollout"] = rows[-1]["completion_tokens"] * completions / statistics.median(writing)
+        figures["hours"] = EPOCH * figures["seconds"] / 3600
+    if peak := of_card(PEAKS):
         flops = 2 * tokens["parameters"] * (tokens["forward"] + tokens["learnt"]) / len(rows)
         figures["mfu"] = 100 * flops / statistics.median(updates) / (peak * 1e12)
     return figures
 
 
+def of_card(figures):
+    """The figure of this machine's card, or None."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((value for card, value in figures.items() if card in name), None)
+
+
 def rollouts(folder, load, asked, device):
-    """Tokens a second of a rollout of eight for one prompt: ours, and transformers' generate in two ways."""
+    """A rollout of eight for one prompt: {way: {"ms": a token, "tokens": a second}}, and "limit", the ms to read the weights."""
     backbone = common.load_backbone(folder / "model", load, device=device)
     backbone.stop = [-1]  # nobody ends early
     scene = common.Scene((bench_branches.picture(folder, 1000),), "single_image", [])
@@ -146,16 +158,30 @@ def rollouts(folder, load, asked, device):
     inputs = {name: tensor.to(device) for name, tensor in bench_branches.rows_of(backbone, scene, [end])[0].items()}
     count = min(asked.new_tokens, 256)
     sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "eos_token_id": -1, "pad_token_id": 0,
-                "num_return_sequences": 8, "max_new_tokens": count, "min_new_tokens": count}  # fmt: skip
-    ways = {
-        "ours": lambda: common.branch_generate(backbone, common.encode_scenes(backbone, [scene]), [[end] * 8], count, 1.0),
-        "generate": lambda: backbone.model.generate(**inputs, **sampling),
-        "static": lambda: backbone.model.generate(**inputs, **sampling, cache_implementation="static"),
-    }
+                "num_return_sequences": 8}  # fmt: skip
+
+    def ours(count, cuda_graph):
+        backbone.cuda_graph = cuda_graph
+        common.branch_generate(backbone, common.encode_scenes(backbone, [scene]), [[end] * 8], count, 1.0)
+
+    def generate(count, **how):
+        backbone.model.generate(**inputs, **sampling, **how, max_new_tokens=count, min_new_tokens=count)
+
+    ways = {"captured": lambda n: ours(n, True)} if device != "cpu" else {}
+    ways |= {"eager": lambda n: ours(n, False), "generate": generate}
+    ways["static"] = lambda n: generate(n, cache_implementation="static")
     speeds = {}
     for name, way in ways.items():
-        way()  # the warm-up, in which the static one is compiled
-        speeds[name] = 8 * count / bench_branches.timed(lambda way=way: [way(), device == "cpu" or torch.cuda.synchronize()])[0]
+        def seconds(n, way=way):
+            way(n)  # the warm-up, in which the static one is compiled
+            return bench_branches.timed(lambda: [way(n), device == "cpu" or torch.cuda.synchronize()])[0]
+
+        one, all_of_them = seconds(1), seconds(count)
+        speeds[name] = {"ms": 1e3 * (all_of_them - one) / (count - 1), "tokens": 8 * count / all_of_them}
+    model = backbone.model
+    weights = sum(p.numel() * p.element_size() for p in [*model.model.language_model.layers.parameters(), model.lm_head.weight])
+    if bandwidth := of_card(BANDWIDTH):
+        speeds["limit"] = {"ms": weights / bandwidth / 1e6}
     return speeds
 
 
@@ -181,14 +207,17 @@ def main():
         for load in asked.load:
             lines += [stage(module, folder, load, asked) for module in (stage1_localize, stage2_understand, stage3_grpo)]
         speeds = {load: rollouts(folder, load, asked, device) for load in asked.load}
-    names = ["stage", "load", "estimated", "peak", "reserved", "seconds", "rollout", "update", "mfu"]
+    names = ["stage", "load", "estimated", "peak", "reserved", "seconds", "rollout", "update", "mfu", "hours"]
     print("".join(f"{name:>10}" for name in names))
     for line in lines:
         cells = [line.get(name, "-") for name in names]
         print("".join(f"{cell:10.2f}" if isinstance(cell, float) else f"{cell:>10}" for cell in cells))
+    for load, ways in speeds.items():
+        for way, figures in ways.items():
+            print(f"{load} {way:>9}" + "".join(f"{value:10.2f} {name}" for name, value in figures.items()))
     print(json.dumps({
         "device": torch.cuda.get_device_name() if device != "cpu" else "CPU", "shape": asked.shape, "cap": asked.cap,
-        "torch": torch.__version__, "stages": lines, "rollout_tokens_a_second": speeds,
+        "torch": torch.__version__, "stages": lines, "generation": speeds,
     }))  # fmt: skip
 
 

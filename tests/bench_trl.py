@@ -121,7 +121,8 @@ def make_trainer(folder, backbone, settings, prompt, steps, rows):
         num_generations=settings.group_size,
         num_iterations=1, use_bias_correction_kl=False,  # TRL's default multiplies the KL by the ratio: not DeepSeekMath's
         max_completion_length=settings.max_new_tokens, temperature=settings.temperature, top_p=1.0, top_k=0,
-        generation_kwargs={"min_new_tokens": settings.max_new_tokens, "suppress_tokens": backbone.suppress},
+        generation_kwargs={"min_new_tokens": settings.max_new_tokens,
+                           "suppress_tokens": backbone.forbidden.nonzero()[:, 0].tolist()},
         learning_rate=settings.lr, lr_scheduler_type="constant", optim="adamw_torch", max_grad_norm=settings.clip,
         beta=settings.beta, epsilon=settings.epsilon_low, loss_type="grpo", dataloader_pin_memory=False,
         report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as common.py does, before torch is imported
+if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

@@ -172,17 +172,18 @@ def write_scene(root, name, furniture, cameras, floor, area, size=(640, 480), al
     PlyData([PlyElement.describe(vertices, "vertex")], byte_order="<").write(folder / f"{name}_vh_clean_2.ply")
     (folder / f"{name}_vh_clean_2.0.010000.segs.json").write_text(json.dumps({"segIndices": segments.tolist()}))
     (folder / f"{name}.aggregation.json").write_text(json.dumps({"sceneId": f"scannet.{name}", "segGroups": groups}))
-    lines = [f"colorWidth = {size[0]}", "sceneType = Bedroom"]
-    if turned:
-        lines.insert(0, "axisAlignment = " + " ".join(f"{x:.9f}" for x in align.ravel()) + " ")
-    (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
-
     depth_size = (160, 120)
     color, depth_camera = intrinsics(size, 0.9 * size[0], 2.25), intrinsics(depth_size, 0.86 * depth_size[0], -0.4)
     for kind, matrix in (("color", color), ("depth", depth_camera)):
         whole = np.eye(4)
         whole[:3, :3] = matrix
         np.savetxt(folder / "intrinsic" / f"intrinsic_{kind}.txt", whole, fmt="%.9f")
+    facts = {"axisAlignment": " ".join(f"{x:.9f}" for x in align.ravel()) + " "} if turned else {}
+    facts["sceneType"] = "Bedroom"
+    for kind, matrix, (width, height) in (("color", color, size), ("depth", depth_camera, depth_size)):
+        facts |= {f"{kind}Width": width, f"{kind}Height": height, f"fx_{kind}": matrix[0, 0], f"fy_{kind}": matrix[1, 1],
+                  f"mx_{kind}": matrix[0, 2], f"my_{kind}": matrix[1, 2]}  # fmt: skip
+    (folder / f"{name}.txt").write_text("".join(f"{key} = {value}\n" for key, value in facts.items()))
     made = Made(name, boxes, [], size, color, depth_size, depth_camera, area, align)
     palette = np.random.default_rng(0).integers(40, 256, (len(boxes) + 1, 3)).astype(np.uint8)
     for index, camera in enumerate(cameras):
@@ -202,6 +203,19 @@ def write_scene(root, name, furniture, cameras, floor, area, size=(640, 480), al
             made.frames.append(camera)
             made.depth[camera.number] = depth / 1000
     return made
+
+
+def shrink(folder, kind, size):
+    """Save the pictures in color/ or depth/ of a scan in another size; all else stays as it is."""
+    for path in (folder / kind).iterdir():
+        Image.open(path).resize(size, Image.NEAREST).save(path)
+
+
+def without_lines(folder, *words):
+    """Drop the lines of <id>.txt with one of these words."""
+    path = folder / f"{folder.name}.txt"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if not any(word in line for word in words)))
 
 
 def alignment(yaw, shift):

@@ -22,7 +22,7 @@ import stage0_data
 import stage1_localize
 import stage2_understand
 import stage3_grpo
-from support import runs
+from support import files, runs
 
 KINDS = {SPATIAL: "spatial", GROUNDING: "locate", COLDSTART: "coldstart"}
 ONE, TWO = f"{SMALL}/20.jpg", f"{SMALL}/40.jpg"  # pictures of the folder
@@ -336,6 +336,18 @@ def test_a_model_folder_that_is_not_whole_is_named(folder, name, monkeypatch):
     assert str(folder) in said and all(word in said for word in words), said
 
 
+@pytest.mark.parametrize("method", ["bitsandbytes", "awq", "gptq"])
+@pytest.mark.parametrize("load", ["bf16", "4bit"])
+def test_a_model_that_is_stored_quantised_is_refused_before_it_is_loaded(folder, load, method, monkeypatch):
+    """Training it would work for hours, and then no adapter could be merged into it."""
+    monkeypatch.setattr(common.Qwen2_5_VLForConditionalGeneration, "from_pretrained", pytest.fail)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "load_in_4bit": True, "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    said = message(common.load_backbone, folder, load)
+    assert all(word in said for word in (str(folder), f"quantised ({method})", "original model", "--load 4bit")), said
+
+
 def test_weights_are_checked_in_4bit_too(folder):
     spoil, words = FOLDERS["lacking a weight"]
     spoil(folder)
@@ -346,7 +358,7 @@ def test_weights_are_checked_in_4bit_too(folder):
 def test_an_adapter_folder_is_called_by_its_name(tiny_model, tmp_path):
     backbone = common.load_backbone(tiny_model, "fp32")
     common.adapt(backbone, runs.TrainSettings())
-    common.save_model(backbone, tmp_path)
+    files.save_model(backbone, tmp_path)
     said = message(common.load_backbone, tmp_path / "adapter", "fp32")
     assert f"{tmp_path / 'adapter'} is a LoRA adapter" in said and "model/" in said
 
@@ -452,25 +464,45 @@ def test_a_run_of_another_preset_or_model_is_refused(saved, name, value):
     assert runs.Run(settings, {}).first == 3
 
 
-def test_a_checkpoint_is_refused_when_the_model_it_started_from_was_made_anew(saved, folder):
-    """At the same place, by the stage before: going on would mix the two, or call the old run finished."""
-    _, optimizers, run, settings = saved
+def test_a_finished_cold_start_from_another_model_or_other_data_is_refused(folder, tiny_model, ladder_data, tmp_path):
+    settings = stage3_grpo.GRPOSettings(model=str(folder), data=str(tmp_path / "d"), out=str(tmp_path / "stage3"), load="fp32")
+    shutil.copytree(ladder_data, tmp_path / "d")
+    for name, more in (("coldstart", ()), ("stage3", {"cold start": runs.model_files(tiny_model)})):  # as both leave them
+        shutil.copytree(tiny_model, tmp_path / name / "model")
+        (tmp_path / name / "config.json").write_text(json.dumps(runs.run_config(settings, more)))
+    assert stage3_grpo.cold_start(settings) == f"{tmp_path / 'coldstart'}/model"
+    stage3_grpo.work(settings)  # finished
+
+    rows = (tmp_path / "d" / COLDSTART).read_text()
+    (tmp_path / "d" / COLDSTART).write_text(rows.replace("chair", "stool", 1))
+    for call, name in ((stage3_grpo.cold_start, "coldstart"), (stage3_grpo.work, "stage3")):
+        assert f"{tmp_path / name} was made before the data in {tmp_path / 'd'} changed" in message(call, settings)
+    (tmp_path / "d" / COLDSTART).write_text(rows)
+    stage3_grpo.work(settings)
+    reshape(tmp_path / "coldstart" / "model", lambda weights: weights[WEIGHT].add_(0.1))
+    assert f"{tmp_path / 'stage3'} was made before the cold start changed" in message(stage3_grpo.work, settings)
+    shutil.rmtree(tmp_path / "stage3")
     reshape(folder, lambda weights: weights[WEIGHT].add_(0.1))
-    backbone = common.load_backbone(folder, "fp32")
-    common.adapt(backbone, settings)
-    said = message(runs.Run(settings, {}).restore, backbone, optimizers)
-    assert str(run.checkpoint) in said and str(folder) in said and "--resume never" in said
+    said = message(stage3_grpo.work, settings)
+    assert f"{tmp_path / 'coldstart'} was made before the model in {folder} changed" in said and "--resume never" in said
 
 
 def test_a_finished_cold_start_of_other_settings_is_refused(tmp_path):
-    settings = stage3_grpo.GRPOSettings(model="stage2/model", data="d", out=str(tmp_path / "stage3"))
+    settings = stage3_grpo.GRPOSettings(model=str(tmp_path / "stage2/model"), data="d", out=str(tmp_path / "stage3"))
     cold = tmp_path / "coldstart"
     (cold / "model").mkdir(parents=True)
     (cold / "model" / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="stage2/model has no model"):  # killed while it was written or removed: it is trained
+        stage3_grpo.cold_start(settings)
+    (cold / "model").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (cold / "model" / name).write_text("{}")
+    (cold / "config.json").unlink()
     assert stage3_grpo.cold_start(settings) == f"{cold}/model"  # the folder alone, as it was copied
     (cold / "config.json").write_text(json.dumps(vars(settings)))
     assert stage3_grpo.cold_start(replace(settings, beta=0.5, group_size=4, micro_batch=3)) == f"{cold}/model"
-    for name, value in {"model": "other/model", "data": "e", "cold_mix": 0.5, "cold_steps": 7}.items():
+    others = {"model": "other/model", "data": "e", "cold_mix": 0.5, "cold_steps": 7, "seed": 3, "min_pixels": 1, "lora_rank": 5}
+    for name, value in others.items():
         said = message(stage3_grpo.cold_start, replace(settings, **{name: value}))
         assert str(cold) in said and f"--{name} {value}" in said and "--resume never" in said
 
@@ -568,7 +600,7 @@ TOO_SMALL = [(stage1_localize, name, value) for name, value in (
     ("cold_train_batch", 0),
     ("cold_eval_every", 0), ("show_every", 0), ("beta", -1), ("locate", -0.5), ("cold_steps", -1),
 )] + [
-    (stage2_understand, "direct", -1), (evaluation, "eval_batch", 0), (evaluation, "frames", 0), (stage0_data, "rooms", 0),
+    (stage2_understand, "direct", -1), (evaluation, "eval_batch", -1), (evaluation, "frames", 0), (stage0_data, "rooms", 0),
 ]  # fmt: skip
 
 

@@ -17,7 +17,9 @@ def test_the_gpu_benchmark_runs_every_stage(tmp_path):
     out = json.loads(done.stdout.splitlines()[-1])
     assert [line["stage"] for line in out["stages"]] == ["stage1", "stage2", "stage3"]
     assert all(line["seconds"] > 0 and line["update"] > 0 and 0 < line["estimated"] < 1 for line in out["stages"])
-    assert out["stages"][2]["rollout"] > 0 and all(speed > 0 for speed in out["rollout_tokens_a_second"]["fp32"].values())
+    assert out["stages"][2]["rollout"] > 0 and out["stages"][2]["hours"] > 0
+    speeds = out["generation"]["fp32"]
+    assert set(speeds) == {"eager", "generate", "static"} and all(speed["tokens"] > 0 for speed in speeds.values())
     assert not list(tmp_path.iterdir())
 
 

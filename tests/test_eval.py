@@ -7,24 +7,29 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_memory import Peak
 from test_pictures import write_mp4
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 import common
 import eval as evaluation
 from common import Example
-from support import benchmarks, report, runs
+from support import benchmarks, files, memory, report, runs, toy_world
 from support.benchmarks import Item, columns, score_prediction
 
 ROOT = Path(evaluation.__file__).parent
@@ -89,7 +94,13 @@ FAULTS = [  # (benchmark and row, prediction, strict, paper)
     (moved("move_right:2,rotate_up:10"), "move_right:3,rotate_up:10", 0.82, 0.88),  # prediction and truth swapped
     (moved("move_right:2,rotate_up:10"), "move_right: 2, rotate_up: 10", 1, 0.8),  # keys not stripped
     (moved("move_right:2,rotate_up:10"), "move_right:2,rotate_up:10,and so on", 1, 0),  # one part broken
-    (moved("move_right:2,rotate_up:10"), "move_right:2,rotate_up:ten degrees", 0.8, 0),
+    (moved("move_right:2,rotate_up:10"), "move_right:2,rotate_up:ten degrees", 1, 0),  # no float() reads it
+    (moved("move_right:2,rotate_up:10"), "move_right:2,rotate_up:ten or so", 0.8, 0),
+    (moved("move_right:2,rotate_up:10"), "**move_right: 2 m, rotate_up: 10**", 1, 0),
+    (letter(), "The answer is: **B**", 1, 0), (letter(), "\\boxed{\\text{B}}", 1, 0), (cv("(E)"), "**E**", 1, 0),
+    (spar("C"), "\\boxed{C. front}", 1, 0), (VIEW, "$\\boxed{A}$", 1, 0), (number(4), "4 chairs", 1, 1),
+    (number(4), "**4**", 1, 1), (number(2.5), "2.5 m^2", 1, 1), (number(2.5), "\\boxed{2.5\\text{ m}}", 1, 1),
+    (number(4), "4 chairs or 5", 0, 1), (number(2), "between 2 and 3", 0, 1), (letter("A"), "\\boxed{A} or \\boxed{B}", 0, 0),
     (moved("move_right:0,rotate_up:10"), "move_right:0.05,rotate_up:10", 1, 0.8),  # a truth of 0
     (moved("move_right:2"), "", 0, 0), (moved("move_right:2"), "I cannot tell", 0, 0), (moved("move_right:2"), "nan", 0, 0),
 ]  # fmt: skip
@@ -424,6 +435,143 @@ def test_embedded_pictures_may_be_plain_bytes(name, tmp_path, photo):
     assert np.array_equal(common.load_image(items[-1].example.images[-1]), photo(64, 48, number))
 
 
+def rewrite(path, change, **features):
+    """Change the rows of a table."""
+    rows = [dict(row) for row in datasets.Dataset.from_parquet(str(path), cache_dir=str(path.parent / "cache")).with_format(None)]
+    path.unlink()
+    write_table(path, change(rows), **features)
+
+
+def as_plain(rows):
+    """Pictures as bytes in place of {"bytes": ...}."""
+    for row in rows:
+        many = isinstance(row["image"], list)
+        row["image"] = [picture["bytes"] for picture in row["image"]] if many else row["image"]["bytes"]
+    return rows
+
+
+@pytest.mark.parametrize("name", ["cvbench", "spar"])
+def test_pictures_may_be_bytes_without_a_struct(name, tmp_path, photo):
+    write_downloads(tmp_path / "plain", photo, feature=False)
+    for path in (*(tmp_path / "plain" / "CV-Bench").glob("*.parquet"), *(tmp_path / "plain").glob("SPAR-Bench/data/*.parquet")):
+        rewrite(path, as_plain)
+    items, _ = read(name, tmp_path / "plain", tmp_path)
+    check_items(name, items)
+    number = 10 * 3 + 1 if name == "spar" else 1
+    assert np.array_equal(common.load_image(items[-1].example.images[-1]), photo(64, 48, number))
+
+
+def test_rows_with_the_same_id_are_questions_of_their_own(tmp_path, photo):
+    write_downloads(tmp_path / "data", photo, feature=False)
+
+    def same(**fields):
+        return lambda rows: [row | fields for row in rows]
+
+    for path in (tmp_path / "data").glob("SPAR-Bench/data/*.parquet"):
+        rewrite(path, same(id=7))
+    rewrite(tmp_path / "data" / "CV-Bench" / "test_2d.parquet", same(idx=3))
+    rewrite(tmp_path / "data" / "SPBench" / "SPBench-SI.parquet", same(id="s"))
+    rewrite(tmp_path / "data" / "VSI-Bench" / "test-00000-of-00001.parquet", same(id=0))
+    wanted = {"spar": ["7", "7#1", "7#2", "7#3"], "cvbench": ["2D-3", "2D-3#1", "3D-0", "3D-1"],
+              "vsi": ["0", "0#1", "0#2", "0#3"], "spbench-si": ["s", "s#1", "s#2"]}  # fmt: skip
+    for name, keys in wanted.items():
+        items, _ = read(name, tmp_path / "data", tmp_path)
+        assert [item.example.id for item in items] == [f"{name}:{key}" for key in keys]
+        check = [(kind, pictures, answer) for _, kind, _, pictures, _, answer in WANTED[name]]
+        assert [(e.question_type, len(e.images), e.answer) for e in (item.example for item in items)] == check
+    for n, item in enumerate(read("spar", tmp_path / "data", tmp_path)[0]):
+        assert np.array_equal(common.load_image(item.example.images[0]), photo(64, 48, 10 * n))  # its own picture
+
+
+def test_copies_of_a_table_are_read_once_and_other_versions_are_refused(downloads, tmp_path, capsys):
+    whole = shutil.copytree(downloads / "SPAR-Bench", tmp_path / "data" / "SPAR-Bench")
+    shutil.copytree(whole / "data", whole / "snapshots" / "a" / "data")
+    shutil.copy(whole / "data" / "test-00000-of-00002.parquet", whole / "data" / "test-00000-of-00002 (1).parquet")
+    (whole / "snapshots" / "test.parquet").symlink_to(whole / "data" / "test-00001-of-00002.parquet")
+    check_items("spar", read("spar", tmp_path / "data", tmp_path)[0])
+    assert capsys.readouterr().err.count("is a copy of") == 4
+    rewrite(whole / "snapshots" / "a" / "data" / "test-00001-of-00002.parquet", lambda rows: rows[:1])
+    benchmarks.file_digest.cache_clear()  # files do not change during a run
+    with pytest.raises(SystemExit) as stopped:
+        read("spar", tmp_path / "data", tmp_path)
+    assert f"{whole / 'data'}, {whole / 'snapshots' / 'a' / 'data'}" in str(stopped.value)
+
+
+@pytest.mark.parametrize("text", [
+    "Where is it? Options: A. left B. right C. front D. back", "A. left B. right C. front D. back",
+    "Where?\n(A) left (B) right (C) front (D) back", "Where?\nA. left, B. right, C. front, D. back",
+    "Is A. or B. nearer to point A: it? A. left B. right\nC. front D. back\nThink.",
+    "Where?\nA. left B. right\nC. front D. back", "Where?\nA: left\nB: right\nC: front\nD: back",
+])  # fmt: skip
+def test_spar_options_may_stand_on_one_line(text):
+    row = {"task": "obj_spatial_relation_oo", "question": text, "answer": "C"}
+    assert benchmarks.question_of("spar", row) == (SIDES, "C")
+    assert [score_prediction("spar", row, said) for said in ("front", "C. front", "back", "C. back")] == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("text", ["Where is it?", "Where is point A. on the map?", "Where is A. and B. in it?"])
+def test_spar_options_that_are_not_found_are_letters(text):
+    row = {"task": "obj_spatial_relation_oo", "question": text, "answer": "C"}
+    assert [score_prediction("spar", row, said) for said in ("C", "(C)", "A", "")] == [1, 1, 0, 0]
+
+
+ZIPS = {  # benchmark: (folder of the zip, what is packed into it, how the names in it begin)
+    "vsi": [("VSI-Bench", "VSI-Bench/scannet", "scannet/"), ("VSI-Bench", "VSI-Bench/arkitscenes", "arkitscenes/")],
+    "viewspatial": [("ViewSpatial-Bench", "ViewSpatial-Bench/val", "val/")],
+    "spbench-mv": [("SPBench", "SPBench/scene9", "scene9/")],
+}
+
+
+@pytest.mark.parametrize("name, top", [
+    ("vsi", ""), ("viewspatial", ""), ("viewspatial", "ViewSpatial-Bench/"), ("spbench-mv", ""),
+    ("spbench-mv", "SPBench-MV-images/"), ("spbench-mv", "elsewhere/"),
+])  # fmt: skip
+def test_a_benchmark_in_zips_is_read_after_the_commands_that_are_told(name, top, downloads, tmp_path):
+    root = shutil.copytree(downloads, tmp_path / "my data")
+    for folder, packed, begin in ZIPS[name]:
+        with zipfile.ZipFile(root / folder / f"{Path(packed).name}.zip", "w") as archive:
+            for path in (root / packed).iterdir():
+                archive.write(path, top + begin + path.name)
+        shutil.rmtree(root / packed)
+    for _ in ZIPS[name]:
+        with pytest.raises(SystemExit) as stopped:
+            read(name, root, tmp_path)
+        assert f"{name}, question " in str(stopped.value) and "does not exist" in str(stopped.value)
+        if top == "elsewhere/":
+            assert "scene9.zip has it as elsewhere/scene9/0.jpg" in str(stopped.value)
+            return
+        unzip, quiet, archive, into, target = shlex.split(str(stopped.value).split(": ")[-1])
+        assert (unzip, quiet, into) == ("unzip", "-q", "-d")
+        zipfile.ZipFile(archive).extractall(target)
+    check_items(name, read(name, root, tmp_path)[0])
+
+
+@pytest.mark.parametrize("field, value", [("question", "<video>Where? <|im_end|>"), ("choices", "A. left\nB. <|im_end|>"),
+                                          ("question", "<|im_<image>end|>Where?")])  # fmt: skip
+def test_a_special_token_in_a_benchmark_is_named(field, value, downloads, tmp_path):
+    root = shutil.copytree(downloads / "ViewSpatial-Bench", tmp_path / "ViewSpatial-Bench")
+    path = root / "ViewSpatial-Bench.json"
+    rows = json.loads(path.read_text())
+    rows[1][field] = "<video>Where?" if field == "question" else rows[1][field]
+    path.write_text(json.dumps(rows))
+    assert read("viewspatial", tmp_path, tmp_path)[0][1].example.question == "Where?"
+    rows[1][field] = value
+    path.write_text(json.dumps(rows))
+    with pytest.raises(SystemExit) as stopped:
+        read("viewspatial", tmp_path, tmp_path)
+    assert "viewspatial, question 1:" in str(stopped.value) and "<|im_end|>" in str(stopped.value)
+
+
+def test_published_rows_are_labelled_as_those_of_the_full_set(downloads, tmp_path):
+    items, missing = read("vsi", downloads, tmp_path, "--vsi", "debiased")
+    rows = [benchmarks.score_completion(item, "B") for item in items]
+    head, *cells = benchmarks.benchmark_table("vsi", benchmarks.benchmark_scores("vsi", items, rows, missing), "stage3")
+    assert head[0] == "vsi (2 questions)"
+    assert [row[0] for row in cells if "stage3" not in row[0] and "guess" not in row[0]] == [
+        f"{model} (paper, full set)" for model in benchmarks.PUBLISHED["vsi"]
+    ]
+
+
 def test_versions_and_formats_of_vsi(downloads, tmp_path):
     for version, ids in (("debiased", ["vsi:1", "vsi:2"]), ("pruned", ["vsi:3"])):
         assert [item.example.id for item in read("vsi", downloads, tmp_path, "--vsi", version)[0]] == ids
@@ -744,6 +892,270 @@ def test_the_answers_of_a_slow_process_are_waited_for(tmp_path, monkeypatch):
     assert found == rows
 
 
+# Other data under the same names
+
+
+def write_folder(root, photo, order=(0, 1, 2, 3), seed=0):
+    """A folder in stage 0's schema: four questions about three pictures, two about the first; the boxes of the third."""
+    (root / "images" / "room").mkdir(parents=True, exist_ok=True)
+    for n in range(3):
+        photo(84, 56, seed + n).save(root / "images" / "room" / f"{n}.png")
+    rows = [{"question_id": n, "question": f"Question {n}?", "options": SIDES if n % 2 else None, "answer": "C" if n % 2 else "2.5",
+             "image": [f"room/{max(0, n - 1)}.png"], "question_type": f"type {n // 2}", "data_type": "single_image"}
+            for n in range(4)]  # fmt: skip
+    write_lines(root / "spld_spatial_data.jsonl", [rows[n] for n in order])
+    boxes = {"answer": [{"bbox_2d": [5, 5, 60, 40], "label": "chair"}]}
+    write_lines(root / "spld_grounding_data.jsonl", [{k: rows[3][k] for k in ("question", "image", "data_type")} | boxes])
+    return root
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def ask_stage0(out, model, data, *flags):
+    evaluation.score_models(settings_for("--benchmarks", "stage0", "--model", model, "--data", data, "--out", out, *SMALL, *flags))
+    return [{k: v for k, v in row.items() if k != "images"} for row in read_run(out)[1]]
+
+
+@pytest.mark.parametrize("change, anew", [({"order": (0, 2, 1, 3)}, 2), ({"seed": 50}, 4), ({}, 0)],
+                         ids=["two rows swapped", "other pictures of the same names", "the same again"])  # fmt: skip
+def test_answers_to_other_data_are_asked_anew(change, anew, photo, tiny_model, tmp_path, capsys):
+    data = write_folder(tmp_path / "data", photo)
+    before = ask_stage0(tmp_path / "out", tiny_model, data)
+    write_folder(data, photo, **change)
+    capsys.readouterr()
+    after = ask_stage0(tmp_path / "out", tiny_model, data)
+    assert after == ask_stage0(tmp_path / "fresh", tiny_model, data) and (after == before) == (not anew) and len(after) == 4
+    said = [line for line in capsys.readouterr().err.splitlines() if "asked anew" in line]
+    assert len(said) == bool(anew) and all(f" {anew} answers" in line for line in said)
+
+
+def write_spar(root, photo, seed, truths):
+    rows = [{"id": f"q/{n}", "image": [as_bytes(photo(64, 48, seed + n))], "question": "Where is it?\n" + "\n".join(SIDES),
+             "answer": truth, "task": "obj_spatial_relation_oo"} for n, truth in enumerate(truths)]  # fmt: skip
+    write_table(root / "SPAR-Bench" / "test.parquet", rows, image=datasets.List(datasets.Image()))
+
+
+def test_a_table_that_was_replaced_is_asked_with_its_own_pictures(photo, tiny_model, tmp_path, capsys):
+    asked = ("--benchmarks", "spar")
+    write_spar(tmp_path, photo, 0, "ABC")
+    go(tmp_path / "out", tiny_model, tmp_path, *asked)
+    write_spar(tmp_path, photo, 70, "BBD")
+    for folder, resume in (("fresh", "auto"), ("out", "auto"), ("out", "never")):
+        go(tmp_path / folder, tiny_model, tmp_path, *asked, "--resume", resume)
+        _, rows, scores = read_run(tmp_path / folder)
+        assert [row["answer"] for row in rows] == ["B", "B", "D"]
+        for n, row in enumerate(rows):
+            assert np.array_equal(common.load_image(row["images"][0]), photo(64, 48, 70 + n))
+        if folder == "fresh":
+            wanted = [row["text"] for row in rows], scores
+        assert ([row["text"] for row in rows], scores) == wanted
+    assert capsys.readouterr().err.count(" 3 answers are to other questions") == 1
+
+
+@pytest.mark.parametrize("name, value", [("question", "Other?"), ("options", ["A. up"]), ("answer", "B"), ("data_type", "video"),
+                                         ("question_type", "y"), ("images", ("b.png", "a.png"))])  # fmt: skip
+def test_an_answer_belongs_to_its_question_its_truth_and_its_pictures(name, value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("a.png", "b.png"):
+        Path(path).write_text(path)
+    example = {"id": "x:1", "images": ("a.png", "b.png"), "data_type": "multi_view", "question_type": "x", "question": "Which?",
+               "options": None, "answer": "A"}  # fmt: skip
+    first, other = (Item("toy", {}, Example(**some)) for some in (example, example | {name: value}))
+    assert evaluation.row_digest(first) != evaluation.row_digest(other)
+    assert evaluation.row_digest(first) == evaluation.row_digest(Item("toy", {}, Example(**example)))
+    row = {"model": "m", "mode": "direct", "temperature": 0.0, "sample": 0, "id": "x:1", "digest": evaluation.row_digest(first)}
+    kept = row | {"id": "vsi:7", "digest": "of another benchmark"}
+    evaluation.save_predictions(tmp_path, {}, [row, kept])
+    assert len(evaluation.open_predictions(tmp_path, {}, items=[first])) == 2
+    assert list(evaluation.open_predictions(tmp_path, {}, items=[other]).values()) == [kept]
+    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 2  # the header and that one
+
+
+def test_hints_and_embedded_pictures_are_named_by_their_content(photo, tmp_path):
+    drawn = []
+    for seed in (0, 60):
+        data = write_folder(tmp_path / "data", photo, seed=seed)
+        benchmarks.file_digest.cache_clear()
+        drawn.append(read("stage0", data, tmp_path, "--hint", "box")[0][0].example.images[0])
+    first, second = (np.asarray(common.load_image(path)) for path in drawn)
+    for found, seed in ((first, 0), (second, 60)):
+        assert np.array_equal(found[45:], np.asarray(photo(84, 56, seed + 2))[45:])  # below the box
+    one, two = (benchmarks.unpack([{"bytes": text}], tmp_path / "p", "q/1") for text in (b"one", b"two"))
+    assert [Path(path).read_bytes() for path in one + two] == [b"one", b"two"]
+
+
+# Memory
+
+
+def wide_model(folder, **config):
+    """A model of the 3B model's proportions, an eighth as wide."""
+    tokenizer = toy_world.build_tokenizer(["How many chairs are in this room? 0123456789", *common.INSTRUCTIONS.values()] * 3)
+    made = toy_world.build_model(tokenizer, 0).config
+    made.text_config.update({"hidden_size": 256, "intermediate_size": 1376, "num_attention_heads": 2, "num_key_value_heads": 1,
+                             "vocab_size": 4096} | config.get("text", {}))  # fmt: skip
+    made.text_config.rope_parameters["mrope_section"] = [16, 24, 24]
+    made.vision_config.update({"depth": 2, "fullatt_block_indexes": [1], "hidden_size": 160, "intermediate_size": 428,
+                               "num_heads": 4, "out_hidden_size": 256} | config.get("vision", {}))  # fmt: skip
+    for part in (tokenizer, made, Qwen2VLImageProcessorPil(min_pixels=28**2, max_pixels=2**20)):
+        part.save_pretrained(folder)
+    return made
+
+
+def announced(capsys):
+    """{part: MB, "peak", "available"} of the memory line."""
+    line = re.findall("memory in MB: .*", capsys.readouterr().err)[-1]
+    found = {name: float(size.replace(",", "")) for name, size in re.findall(r"([a-z]+) ([\d,]+)(?=[,; ])", line)}
+    return found | dict(zip(("peak", "available"), (float(x.replace(",", "")) for x in re.findall("[\\d,]+", line)[-2:])))
+
+
+def picture_scenes(folder, photo, count, questions=1):
+    """`count` pictures of 448 x 448 pixels, 256 tokens each, with `questions` questions each."""
+    examples = []
+    for n in range(count):
+        photo(448, 448, n).save(folder / f"{n}.bmp")
+        examples += [Example(f"{n}:{q}", (str(folder / f"{n}.bmp"),), "single_image", "x", f"How many? {q}", None, "2")
+                     for q in range(questions)]  # fmt: skip
+    return common.group_scenes(examples)
+
+
+@pytest.mark.parametrize("load, new_tokens", [("fp32", 12), ("bf16", 2), ("4bit", 2)])
+def test_the_memory_announced_for_answers_covers_the_measured_peak(load, new_tokens, tmp_path, photo, capsys, monkeypatch):
+    Qwen2_5_VLForConditionalGeneration(wide_model(tmp_path)).save_pretrained(tmp_path)
+    scenes, settings = picture_scenes(tmp_path, photo, 4), SimpleNamespace(eval_batch=4, frames=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "load_backbone", None)  # weights are not loaded
+        patch.setattr(memory, "device_memory", lambda device: 1e12)
+        memory.check_answers(tmp_path, load, scenes, "think", settings, new_tokens)
+    found = announced(capsys)
+    backbone = common.load_backbone(tmp_path, load)
+    backbone.stop = [-1]
+    weights = list(backbone.model.parameters())
+    for weight in backbone.model.parameters():
+        if state := getattr(weight, "quant_state", None):
+            weights += [state.absmax, state.code, state.state2.absmax, state.state2.code]
+    assert found["weights"] == pytest.approx(sum(weight.numel() * weight.element_size() for weight in weights) / 1e6, abs=1.01)
+    prompts = [common.prompt_text(scene.examples[0], "think") + common.BRANCH_END for scene in scenes]
+    with torch.no_grad(), Peak([*weights, *backbone.model.buffers()]) as counted:
+        patches, ahead = ([common.scene_patches(backbone, scene) for scene in scenes] for _ in range(2))  # of this batch, the next
+        prefixes = common.encode_scenes(backbone, scenes, patches=patches)
+        prompts = [[list(common.encode_text(backbone.tokenizer, prompt))] for prompt in prompts]
+        common.branch_generate(backbone, prefixes, prompts, new_tokens)
+    assert len(ahead) == 4 and counted.peak / 1e6 <= found["peak"] + 0.5 <= 1.3 * counted.peak / 1e6 + 1
+
+
+def test_the_true_shape_is_refused_before_anything_is_loaded(tmp_path, photo, capsys, monkeypatch):
+    """The file of its weights is empty: it is not looked at. Sums by hand for 3,754,622,976 weights, the published number."""
+    text = {"vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36,
+            "num_attention_heads": 16, "num_key_value_heads": 2, "layer_types": ["full_attention"] * 36}  # fmt: skip
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048}
+    wide_model(tmp_path, text=text, vision=vision)
+    (tmp_path / "model.safetensors").touch()
+    scenes, settings = picture_scenes(tmp_path, photo, 12, questions=2), SimpleNamespace(eval_batch=0, frames=4)
+    monkeypatch.setattr(memory, "device_memory", lambda device: 24e9)
+    memory.check_answers(tmp_path, "bf16", scenes, "think", settings, 1024)
+    found = announced(capsys)
+    prompt = common.prompt_text(scenes[0].examples[0], "think") + common.BRANCH_END
+    prompt = len(common.AutoTokenizer.from_pretrained(tmp_path)(prompt)["input_ids"])
+    tokens = 8 * 256 + 16 * (prompt + 1024)  # sixteen questions about eight pictures
+    assert settings.eval_batch == 16 and found["weights"] == pytest.approx(3_754_622_976 * 2 / 1e6, abs=1)
+    assert found["cache"] == pytest.approx(tokens * 36 * 2 * 2 * 128 * 2 / 1e6, rel=0.02) and found["available"] == 24_000
+    assert found["logits"] == pytest.approx(16 * 151_936 * 12 / 1e6, abs=1)
+    for load, free, batch, new_tokens, named in (("fp32", 14e9, 16, 64, "--load"), ("4bit", 3e9, 256, 4096, "--max_new_tokens"),
+                                                 ("bf16", 8e9, 256, 4096, "--load")):  # fmt: skip
+        monkeypatch.setattr(memory, "device_memory", lambda device: free)  # noqa: B023
+        settings.eval_batch = batch
+        with pytest.raises(SystemExit, match=f"This needs .* GB of {free / 1e9:.1f} GB.*{named}"):
+            memory.check_answers(tmp_path, load, scenes, "think", settings, new_tokens)
+
+
+def test_too_little_memory_ends_eval_before_the_weights(photo, tiny_model, tmp_path, monkeypatch):
+    data = write_folder(tmp_path / "data", photo)
+    monkeypatch.setattr(memory, "device_memory", lambda device: 1e6)
+    monkeypatch.setattr(common, "load_backbone", None)
+    with pytest.raises(SystemExit, match="This needs"):
+        ask_stage0(tmp_path / "out", tiny_model, data)
+    assert not (tmp_path / "out" / "predictions.jsonl").exists()
+
+
+@pytest.mark.parametrize("flag, loaded", [("auto", "fp32"), ("bf16", "bf16")])
+def test_on_a_cpu_the_header_says_what_is_loaded(flag, loaded, photo, tiny_model, tmp_path, monkeypatch):
+    seen, real = [], common.load_backbone
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(common, "load_backbone", lambda *a: seen.append(real(*a)) or seen[-1])
+    ask_stage0(tmp_path / "out", tiny_model, write_folder(tmp_path / "data", photo), "--load", flag)
+    header = read_run(tmp_path / "out")[0]
+    assert header["load"] == loaded and seen[0].model.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[loaded]
+
+
+def test_settings_follow_from_the_model():
+    for flags, out in (
+        (("--benchmarks", "vsi", "--model", "runs/3b/stage3/model"), "runs/3b/stage3/eval"),
+        (("--benchmarks", "vsi", "--model", "runs/3b/stage3/model/"), "runs/3b/stage3/eval"),
+        (("--benchmarks", "vsi", "--model", "Qwen/Qwen2.5-VL-3B-Instruct"), "runs/eval/Qwen2.5-VL-3B-Instruct"),
+        (("--benchmarks", "vsi", "--model", "runs/3b/stage3/model", "--out", "runs/toy/eval"), "runs/toy/eval"),
+        ((), "runs/toy/eval"), (("--model", "runs/3b/stage3/model"), "runs/toy/eval"),
+    ):  # fmt: skip
+        assert settings_for(*flags).out == out, flags
+
+
+# Traces
+
+
+def test_traces_are_the_right_answers_that_stage_3_reads(photo, tiny_model, tmp_path, monkeypatch):
+    """Texts by hand: [greedy, sample 1, sample 2] of each question; only some are right, well formed, and have a thought."""
+    data = write_folder(tmp_path / "data", photo)
+    texts = {  # questions 0 and 2 have 2.5 as their answer, 1 and 3 the letter C
+        "Question 0?": ["2.5", "<think>a</think><answer>9</answer>", "<think>b</think><answer>2.5</answer>"],
+        "Question 1?": ["<think>c</think><answer>front</answer>", "<think>d</think><answer>C</answer>", "C"],
+        "Question 2?": ["<think> </think><answer>2.5</answer>", "<think>e</think><answer>2.1</answer>", "<answer>2.5</answer>"],
+        "Question 3?": ["<think>f</think><answer>B</answer>", "<think>g</think><answer>C</answer>", "x<think>C</think>"],
+    }
+    asked = []
+
+    def answers(backbone, scenes, mode, limit, temperature, batch, keep, seed, skip):
+        for scene in scenes:
+            if not skip([scene]):
+                asked.append(scene)
+                yield [scene], [[texts[e.question][int(seed.split()[1])] for e in scene.examples]]
+
+    monkeypatch.setattr(memory, "check_answers", lambda *_: None)
+    monkeypatch.setattr(runs, "answer_batches", answers)
+    flags = ("--samples", 2, "--mode", "think", "--traces", data / "spld_coldstart_data.jsonl")
+    wanted = {"Question 0?": "b", "Question 1?": "c", "Question 3?": "g"}
+    for limit, count in ((0, 3), (1, 2)):  # types: questions 0 and 1, 2 and 3
+        ask_stage0(tmp_path / "out", tiny_model, data, *flags, "--traces_per_type", limit)
+        examples = common.read_examples(data, "coldstart")
+        thoughts = {e.question.split("\n")[0]: e.solution.partition("<think>")[2].partition("</think>")[0] for e in examples}
+        assert thoughts.items() <= wanted.items() and len(examples) == len(thoughts) == count and "Question 3?" in thoughts
+    assert len(asked) == 9  # three scenes, greedy and twice sampled: the second run asks nothing
+    spatial = {e.question: e for e in common.read_examples(data, "spatial")}
+    for e in examples:
+        source = spatial[e.question.split("\n")[0]]
+        prompt, completion = common.training_pair(e)
+        assert prompt == common.prompt_text(source, "think") + common.BRANCH_END and e.images == source.images
+        assert common.score_answers([completion.removesuffix(common.STOP)], [source])[0][0] == 1
+    items, rows = read("stage0", data, tmp_path)[0], read_run(tmp_path / "out")[1]  # 2.1 of 2.5 is near
+    evaluation.write_traces(settings_for(*flags, "--trace_score", 0.1), items, rows)
+    assert len(common.read_examples(data, "coldstart")) == 4
+
+
+@pytest.mark.parametrize("flags", [(), ("--benchmarks", "stage0", "vsi"), ("--benchmarks", "stage0", "--mode", "direct"),
+                                   ("--benchmarks", "stage0", "--hint", "box")])  # fmt: skip
+def test_traces_of_anything_else_are_refused(flags, tmp_path):
+    with pytest.raises(SystemExit, match="--traces needs"):
+        evaluation.score_models(settings_for("--traces", tmp_path / "x.jsonl", "--out", tmp_path, "--model", "x", *flags))
+
+
+def test_without_a_right_answer_no_traces_are_written(tmp_path):
+    settings = settings_for("--traces", tmp_path / "x.jsonl")
+    item = Item("stage0", {"image": "a"}, Example("s:1", ("a",), "single_image", "x", "?", None, "2"))
+    with pytest.raises(SystemExit, match="not written"):
+        evaluation.write_traces(settings, [item], [{"id": "s:1", "format": 0.0, "score": 1.0, "text": "2"}])
+    assert not (tmp_path / "x.jsonl").exists()
+
+
 # Analyses
 
 
@@ -942,10 +1354,31 @@ def test_a_browser_fills_the_list_and_runs_nothing_else(tmp_path):
 
 def test_a_model_in_which_one_middle_layer_learnt_has_another_fingerprint(tiny_model, tmp_path):
     backbone = common.load_backbone(tiny_model, "fp32")
-    common.save_model(backbone, tmp_path / "same")
-    assert evaluation.fingerprint(tmp_path / "same" / "model") == evaluation.fingerprint(tiny_model)
+    for name in ("one", "same"):
+        files.save_model(backbone, tmp_path / name)
+    before = evaluation.fingerprint(tmp_path / "one" / "model")
+    assert evaluation.fingerprint(tmp_path / "same" / "model") == before
     with torch.no_grad():
         backbone.model.model.language_model.layers[2].self_attn.q_proj.weight += 1e-3
-    common.save_model(backbone, tmp_path / "other")
-    assert evaluation.fingerprint(tmp_path / "other" / "model") != evaluation.fingerprint(tiny_model)
+    files.save_model(backbone, tmp_path / "other")
+    assert evaluation.fingerprint(tmp_path / "other" / "model") != before
     assert evaluation.fingerprint("Qwen/Qwen2.5-VL-3B-Instruct") == "Qwen/Qwen2.5-VL-3B-Instruct"
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "preprocessor_config.json"])
+def test_another_tokenizer_or_processor_is_another_model(name, tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "copy")
+    assert evaluation.fingerprint(tmp_path / "copy") == evaluation.fingerprint(tiny_model)
+    path = tmp_path / "copy" / name
+    path.write_text(path.read_text().replace("1", "2", 1))
+    assert evaluation.fingerprint(tmp_path / "copy") != evaluation.fingerprint(tiny_model)
+
+
+def test_a_hub_id_is_known_by_its_commit(tmp_path, monkeypatch):
+    folder, commit = tmp_path / "models--some--model", "0123456789abcdef0123456789abcdef01234567"
+    for path, text in (("refs/main", commit), (f"snapshots/{commit}/config.json", "{}")):
+        (folder / path).parent.mkdir(parents=True)
+        (folder / path).write_text(text)
+    real = huggingface_hub.try_to_load_from_cache
+    monkeypatch.setattr(evaluation, "try_to_load_from_cache", lambda *a: real(*a, cache_dir=tmp_path))
+    assert evaluation.fingerprint("some/model") == commit and evaluation.fingerprint("some/other") == "some/other"

@@ -1,9 +1,15 @@
 """Rows of the released schema -> examples; and what is said about a row that is wrong."""
 
 import json
+import random
+import shlex
 import shutil
+import zipfile
+from collections import Counter
 
 import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
 
 import common
 
@@ -82,6 +88,28 @@ def test_the_mark_of_a_picture_is_stripped_from_questions(ladder_data):
             assert example.question == example.question.strip() != ""
 
 
+def test_marks_of_pictures_and_videos_are_stripped_wherever_they_stand(data):
+    change(data, SPATIAL, 1, question="<video>\n<image> Where <image>is it?<video>")
+    assert common.read_examples(data, "spatial")[0].question == "Where is it?"
+
+
+def test_what_was_read_is_printed_once(data, capsys):
+    processor = Qwen2VLImageProcessorPil()
+    for _ in range(2):
+        common.load_scenes(data, ["spatial", "locate"], processor)
+    spatial, grounding = capsys.readouterr().err.splitlines()
+    rows = [json.loads(line) for line in (data / SPATIAL).read_text().splitlines()]
+    counts = sorted(Counter(row["question_type"] for row in rows).items())
+    assert spatial == f"read {data / SPATIAL}: 14 rows ({', '.join(f'{kind} {count}' for kind, count in counts)})"
+    assert grounding == f"read {data / GROUNDING}: 6 rows"
+
+
+def test_other_processes_print_no_counts(data, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    common.load_scenes(data, ["locate"], Qwen2VLImageProcessorPil())
+    assert capsys.readouterr().err == ""
+
+
 def test_video_frames_are_put_in_the_order_of_their_numbers(ladder_data):
     released = [json.loads(line) for line in (ladder_data / SPATIAL).read_text().splitlines()]
     stems = [name.split("/")[1] for row in released if row["data_type"] == "video" for name in row["image"]]
@@ -147,6 +175,54 @@ def test_a_prompt_holds_question_options_and_instruction(ladder_data):
     assert common.prompt_text(number, "think") == f"{number.question}\n{common.INSTRUCTIONS['think']}"
 
 
+QWEN = (  # how Qwen's tokenizer cuts a text before its merges
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPACES = [" ", "\n", "\r\n", "\t", "\u00a0", "\u2003", ""]
+
+
+@pytest.fixture(scope="module")
+def merging():
+    """A tokenizer that merges line ends, as Qwen's does."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer, tokenizer.decoder = normalizers.NFC(), decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(QWEN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=special, show_progress=False
+    )
+    tokenizer.train_from_iterator(["assistant\n\n<think> \n\n so\n \n</think>\n\n\n\n<answer>\n", "\n\n\n"] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_pieces_of_a_conversation_encode_as_the_whole_whatever_spaces_are_around_them(merging, data):
+    """Rows as they are read from files; system prompt, picture, question and solution meet where a text is cut."""
+    assert len(merging("\n\n", add_special_tokens=False)["input_ids"]) == 1
+    rng = random.Random(0)
+
+    def spaced(*texts):
+        return "".join("".join(rng.choices(SPACES, k=rng.randint(0, 3))) + text for text in (*texts, ""))
+
+    rows = [json.loads(line) for line in (data / COLDSTART).read_text().splitlines()]
+    cold = [rows[n % 4] | {"prompt": spaced("<image>", "Where", "is it?"), "solution": spaced("<think>", "so\n\n", "</think>B")}
+            for n in range(300)]  # fmt: skip
+    rows = [json.loads(line) for line in (data / SPATIAL).read_text().splitlines()]
+    asked = [rows[2] | {"question": spaced("How", "far?"), "answer": spaced("0.7")} for _ in range(100)]
+    changed = 0
+    for name, kind, rows in ((COLDSTART, "coldstart", cold), (SPATIAL, "spatial", asked)):
+        (data / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for row, example in zip(rows, common.read_examples(data, kind)):
+            prompt, completion = common.training_pair(example)
+            start = f"{common.PREFIX_START}<|vision_start|><|image_pad|><|vision_end|>"
+            pieces = [token for text in (start, prompt, completion) for token in common.encode_text(merging, text)]
+            assert pieces == merging(start + prompt + completion, add_special_tokens=False)["input_ids"]
+            assert completion == (row["solution"] if kind == "coldstart" else row["answer"]).strip() + "<|im_end|>"
+            changed += (row["solution"] if kind == "coldstart" else row["answer"]) + "<|im_end|>" != completion
+    assert changed > 200
+
+
 # ------------------------------------------------------------------------------------------------
 # Wrong files: each message names the file and the place
 # ------------------------------------------------------------------------------------------------
@@ -192,6 +268,51 @@ def test_a_field_that_is_missing_or_empty_is_named(data, name, field, value):
     assert str(data / name) in said and "row 3" in said and repr(field) in said
 
 
+KINDS = {SPATIAL: "spatial", GROUNDING: "locate", COLDSTART: "coldstart"}
+
+
+@pytest.mark.parametrize(
+    "name,field,value",
+    [(SPATIAL, "question", " \n"), (GROUNDING, "question", "<image>"), (COLDSTART, "prompt", "<video> <image>\n"),
+     (COLDSTART, "solution", "\n\n"), (SPATIAL, "answer", " ")],
+)  # fmt: skip
+def test_a_text_of_spaces_and_marks_alone_is_named(data, name, field, value):
+    change(data, name, 2, **{field: value})
+    said = message(common.read_examples, data, KINDS[name])
+    assert f"{data / name} row 2 " in said and (repr(field) in said or "the question has no text" in said)
+
+
+@pytest.mark.parametrize(
+    "name,field",
+    [(SPATIAL, "question"), (SPATIAL, "options"), (GROUNDING, "question"), (GROUNDING, "label"), (COLDSTART, "prompt"),
+     (COLDSTART, "solution")],
+)  # fmt: skip
+def test_a_special_token_in_a_text_is_named(data, name, field):
+    for token in ("<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|box_start|>", "<|endoftext|>"):
+        text = f"Is it {token}here?"
+        value = {"options": ["A. left", f"B. {text}", "C. x", "D. y"], "label": [{"bbox_2d": [1, 2, 30, 40], "label": text}]}
+        change(data, name, 2, **{"answer" if field == "label" else field: value.get(field, text)})
+        said = message(common.read_examples, data, KINDS[name])
+        assert str(data / name) in said and "row 2" in said and token in said
+
+
+def test_a_special_token_that_stripping_makes_is_named(data):
+    change(data, SPATIAL, 2, question="Is it <|im_<image>end|> here?")
+    assert "<|im_end|>" in message(common.read_examples, data, "spatial")
+
+
+def test_every_special_token_of_the_tokenizer_is_named_and_ordinary_brackets_are_not(data, tiny_model):
+    added = json.loads((tiny_model / "tokenizer.json").read_text())["added_tokens"]
+    special = [token["content"] for token in added if token["special"]]
+    assert len(special) == 7
+    for token in special:
+        change(data, SPATIAL, 1, question=f"a{token}b")
+        assert token in message(common.read_examples, data, "spatial")
+    for text in ("Is a < b | c > d?", "<think> is a word", "|im_end|", "<| x |>", "a <|> b"):
+        change(data, SPATIAL, 1, question=text)
+        assert common.read_examples(data, "spatial")[0].question == text
+
+
 def test_an_answer_of_zero_is_an_answer(data):
     change(data, SPATIAL, 3, answer="0")
     assert common.read_examples(data, "spatial")[2].answer == "0"
@@ -201,6 +322,37 @@ def test_a_picture_that_does_not_exist_is_named(data):
     change(data, SPATIAL, 4, image=["scene0011_00/20.jpg", "scene0011_00/7.jpg"])
     said = message(common.read_examples, data, "spatial")
     assert str(data / SPATIAL) in said and "row 4" in said and "7.jpg" in said and "does not exist" in said
+
+
+def packed(data, inside):
+    """The pictures of the folder in images.zip, under `inside`, as after a download: not unpacked."""
+    with zipfile.ZipFile(data / "images.zip", "w") as archive:
+        for path in sorted((data / "images").rglob("*.jpg")):
+            archive.write(path, inside + path.relative_to(data / "images").as_posix())
+    shutil.rmtree(data / "images")
+
+
+@pytest.mark.parametrize("inside", ["", "images/", "data/images/"])
+@pytest.mark.parametrize("place", ["", "images"])
+def test_pictures_in_a_zip_are_named_with_the_command_that_unpacks_them(data, inside, place):
+    packed(data, inside)
+    (data / place).mkdir(exist_ok=True)
+    archive = (data / "images.zip").rename(data / place / "images.zip")
+    said = message(common.read_examples, data, "spatial")
+    assert f"{data / SPATIAL} row 1 " in said and "does not exist" in said
+    command = shlex.split(said.split(": ")[-1])
+    assert command[:4] == ["unzip", "-q", str(archive), "-d"]
+    zipfile.ZipFile(archive).extractall(command[4])
+    assert len(common.read_examples(data, "spatial")) == 14
+
+
+def test_a_zip_with_other_folders_or_cut_is_named(data):
+    packed(data, "elsewhere/")
+    said = message(common.read_examples, data, "spatial")
+    assert f"{data / 'images.zip'} has it as elsewhere/scene0011_00/20.jpg" in said
+    (data / "images.zip").write_bytes((data / "images.zip").read_bytes()[:-100])
+    said = message(common.read_examples, data, "spatial")
+    assert f"{data / 'images.zip'} is not a whole zip file" in said and "20.jpg does not exist" in said
 
 
 def test_a_folder_is_not_a_picture(data):

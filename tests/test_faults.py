@@ -244,7 +244,10 @@ def test_nothing_from_outside_is_run_or_unpickled():
         text = script.read_text(encoding="utf-8")
         assert "trust_remote_code" not in text and "import pickle" not in text
         assert all("weights_only=True" in call for call in re.findall(r"torch\.load\([^\n]*", text))
-        assert "from_pretrained" not in text or script.name == "common.py"
+        readers = set(re.findall(r"(\w+)\.from_pretrained", text))  # weights are read in common.py only, and from safetensors
+        harmless = {"AutoTokenizer", "AutoConfig", "Qwen2VLImageProcessorPil"}
+        safe = text.count("use_safetensors=True") == len(readers - harmless) == 1
+        assert readers <= harmless or script.name == "common.py" and safe
 
 
 def test_a_checkpoint_with_code_in_it_is_refused(training):

@@ -268,6 +268,25 @@ def test_without_legal_format_the_tags_alone_are_paid():
     assert np.allclose(accuracy, [case[1] for case in wanted])
 
 
+def test_special_tokens_in_a_completion_cost_the_format(backbone):
+    """Decoding used to drop them, so that a completion full of them had the right format."""
+    ids = backbone.tokenizer.convert_tokens_to_ids
+
+    def encode(text):
+        return list(common.encode_text(backbone.tokenizer, text))
+
+    thought, answer, stop = encode("<think>x</think>"), encode("<answer>A</answer>"), [backbone.stop[0]]
+    choice = Example("c", (), "single_image", "relative direction", "q", CHOICES, "A")
+    for between, paid in (([], 1), ([ids("<|im_start|>")] * 20, 0), ([ids("<|image_pad|>")], 0), ([backbone.stop[1]], 0)):
+        text = common.decode(backbone, thought + between + answer + stop)
+        assert stage3_grpo.rewards([text], [choice], settings_of())["format"] == paid, text
+    assert common.decode(backbone, answer + stop) == "<answer>A</answer>" == common.decode(backbone, answer)
+    with torch.no_grad():
+        prefix = common.Prefix(torch.arange(20, 30), torch.arange(10).expand(3, -1), None, 10)
+        logps = common.branch_logprobs(backbone, [prefix], [[([], [ids("<|im_start|>")])]], sampler=True)[0]
+    assert logps.item() == -math.inf  # as in the sampler
+
+
 # The loop, on a tiny model
 
 
@@ -325,12 +344,44 @@ def test_adapter_on_equals_adapter_off_at_step_0_and_the_kl_is_exactly_0(backbon
     branches = [[([], ids) for ids in group] for group in groups]
     backbone.model.train()
     with torch.no_grad(), backbone.model.disable_adapter():
-        reference = common.branch_logprobs(backbone, prefixes, branches)[0]
-    logps, _, mask = common.branch_logprobs(backbone, prefixes, branches)
+        reference = common.branch_logprobs(backbone, prefixes, branches, sampler=True)[0]
+    logps, _, mask = common.branch_logprobs(backbone, prefixes, branches, sampler=True)
     assert logps.requires_grad and torch.equal(logps, reference) and (logps < 0).any()
     zero, count = torch.zeros(len(mask)), (len(mask), int(mask.sum()))
     loss, stats = stage3_grpo.grpo_loss(logps, logps.detach(), reference, zero, mask, settings, *count)
     assert stats["kl"] == 0.0 and loss.item() == 0.0
+
+
+def test_shared_prefixes_are_compared_with_separate_rows(backbone, ladder_data, monkeypatch, capsys):
+    settings = settings_of()
+    with_adapter(backbone, settings, moved=True)
+    prefixes, groups = stage3_grpo.rollout(backbone, scene_prompts(backbone, ladder_data), settings)
+    gaps = []
+    for shift in (0.0, 0.25):  # the second as if a kernel were wrong
+        rows = common.row_logprobs
+        monkeypatch.setattr(common, "row_logprobs", lambda *args, rows=rows, shift=shift: rows(*args) + shift)
+        stage3_grpo.compare_with_rows(backbone, prefixes[0], groups[0])
+        gaps.append(float(capsys.readouterr().err.split("at most ")[1]))
+    assert gaps[0] < 1e-4 and gaps[1] == pytest.approx(0.25, abs=1e-3)
+
+
+def test_not_a_number_in_a_rollout_names_step_and_question_and_keeps_the_checkpoint(backbone, ladder_data, monkeypatch, tmp_path):
+    settings = settings_of(save_every=1, steps=3, processes=1)
+    with_adapter(backbone, settings)
+    prompts = scene_prompts(backbone, ladder_data, 4)
+    sampled, steps = common.branch_generate, []
+
+    def broken(backbone, *args):
+        steps.append(1)
+        if len(steps) == 2:
+            backbone.model.base_model.model.model.language_model.norm.weight.data.fill_(torch.nan)
+        return sampled(backbone, *args)
+
+    monkeypatch.setattr(stage3_grpo.common, "branch_generate", broken)
+    with pytest.raises(SystemExit, match="step 2: .*not finite.*spld_spatial_data:.*--lr"):
+        run_loop(backbone, prompts, settings, tmp_path / "run")
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 1 and all(weight.isfinite().all() for weight in state["weights"].values())
 
 
 def test_every_process_starts_from_the_same_adapter(tiny_model):
@@ -357,7 +408,7 @@ def test_the_reference_stays_the_starting_policy(backbone, tiny_model, ladder_da
         assert torch.equal(logps, old) and not torch.allclose(logps, reference)
         _, prefixes, branches = next(c for c in scored if c.out[0] is logps or torch.equal(c.out[0], logps)).args
         with torch.no_grad():
-            assert torch.allclose(common.branch_logprobs(plain, prefixes, branches)[0], reference, atol=1e-5)
+            assert torch.allclose(common.branch_logprobs(plain, prefixes, branches, sampler=True)[0], reference, atol=1e-5)
     assert metrics[0]["kl"] > 0
 
 
@@ -374,7 +425,7 @@ def test_rollout_gives_a_group_of_sampled_ids_for_each_question(backbone, ladder
         assert prefix.positions.shape == (3, len(prefix.ids))
         for ids in group:
             assert all(type(token) is int and 0 <= token < len(backbone.tokenizer) for token in ids)
-            assert 1 <= len(ids) <= 9 and not set(ids) & set(backbone.suppress)
+            assert 1 <= len(ids) <= 9 and not backbone.forbidden[ids].any()
             assert not set(ids[:-1]) & set(backbone.stop)  # nothing after the end token
             assert len(ids) == 9 or ids[-1] in backbone.stop
     assert len({tuple(ids) for ids in groups[0]}) > 1
@@ -406,7 +457,7 @@ def test_a_step_raises_what_beat_its_siblings(backbone, ladder_data, monkeypatch
     advantages = torch.cat([call.args[3] for call in losses])
     before = torch.cat([call.args[0].detach().sum(1) for call in losses])
     with torch.no_grad():
-        after = common.branch_logprobs(backbone, prefixes, branches)[0].sum(1)
+        after = common.branch_logprobs(backbone, prefixes, branches, sampler=True)[0].sum(1)
     assert torch.allclose(advantages.sign(), torch.tensor([1.0, -1, -1, -1, 1, -1]))
     assert ((after - before) * advantages).sum() > 0
 

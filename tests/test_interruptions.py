@@ -32,6 +32,7 @@ import stage1_localize
 from common import Example
 from support import benchmarks, report, toy_world
 from support.benchmarks import Item
+from support.scannet import read_labels
 
 ROOT = Path(common.__file__).parent
 ROOMS, SCENES = 16, 10
@@ -268,8 +269,33 @@ def test_a_base_that_was_half_saved_is_not_taken_as_whole(toy, tmp_path):
     words = said(tmp_path)
     assert "runs/toy/base/model.new cannot be read or written (No space left on device)" in words and "Traceback" not in words
     assert finish(stage0_data, tmp_path, *TOY) == 0
-    assert {path.name for path in (tmp_path / "runs" / "toy" / "base").iterdir()} == {"model", "scores.json"}
+    assert {path.name for path in (tmp_path / "runs" / "toy" / "base").iterdir()} == {"model", "config.json", "scores.json"}
     assert (tmp_path / "runs/toy/base/model/preprocessor_config.json").is_file()
+
+
+def test_a_base_of_other_settings_data_or_code_is_refused_and_one_without_weights_is_trained(toy, tmp_path, monkeypatch):
+    for name in ("data", "runs"):
+        shutil.copytree(toy / name, tmp_path / name)
+    base, rows = tmp_path / "runs" / "toy" / "base", tmp_path / "data" / "toy" / "objects.jsonl"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["stage0_data.py", *map(str, TOY)])
+    trained = []
+    monkeypatch.setattr(stage0_data.runs, "launch", lambda work, settings: trained.append(settings))
+    stage0_data.main()
+    assert not trained  # the same again
+    code = next(iter(toy_world.CODE))
+    changes = {
+        "--base_steps 1, not --base_steps 2": lambda patch: patch.setattr(sys, "argv", [*sys.argv, "--base_steps", "2"]),
+        "before the data in data/toy changed": lambda patch: patch.setattr(common, "FILES", {}),
+        "before the code in support/toy_world.py changed": lambda patch: patch.setitem(toy_world.CODE, code, [rows]),
+    }
+    for words, change in changes.items():
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match=words):
+            change(patch)
+            stage0_data.main()
+    (base / "model" / "model.safetensors").unlink()
+    stage0_data.main()
+    assert len(trained) == 1
 
 
 def test_resume_never_says_how_to_go_on_and_drops_old_rows_first(toy, tmp_path):
@@ -466,7 +492,7 @@ def check_page(path, scripts):
 @pytest.mark.parametrize("name", HOSTILE)
 def test_the_gallery_shows_any_text_as_text(name, scans, tmp_path):
     text = HOSTILE[name]
-    labels = stage0_data.read_labels(scans / "scannetv2-labels.combined.tsv")
+    labels = read_labels(scans / "scannetv2-labels.combined.tsv")
     room = stage0_data.read_scannet(scans / "scans" / "scene0010_02", labels)
     for thing in room.objects:
         thing.label = text

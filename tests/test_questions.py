@@ -9,10 +9,12 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 import common
 import stage0_data
-from support import toy_world
+from support import benchmarks, memory, runs, scannet, toy_world
 
 ROOMS = 60
 TOY_TYPES = ["relative direction", "relative distance", "absolute distance", "object size", "object count"]
@@ -68,7 +70,7 @@ def views(tmp_path_factory):
     """[(made room, camera, view, {type: all rows})], every second photograph of many rooms."""
     root, out = tmp_path_factory.mktemp("rooms"), []
     toy_world.write_labels(root / "labels.tsv")
-    labels = stage0_data.read_labels(root / "labels.tsv")
+    labels = scannet.read_labels(root / "labels.tsv")
     for seed in range(ROOMS):
         rng = random.Random(f"questions {seed}")
         made = toy_world.make_room(rng)
@@ -196,9 +198,10 @@ def test_objects_asked_about_are_visible(views):
 # The files
 
 
-def build(root, rooms, first, seed, traces, workers, detection):
+def build(root, rooms, first, seed, traces, workers, detection, extra=False, made_from=""):
     """build_toy with its settings. Returns the counts."""
-    return stage0_data.build_toy(root, rooms, first, stage0_data.DataSettings(seed=seed, workers=workers), traces, detection)
+    settings = stage0_data.DataSettings(seed=seed, workers=workers, extra=extra)
+    return stage0_data.build_toy(root, rooms, first, settings, traces, detection, made_from)
 
 
 @pytest.fixture(scope="module")
@@ -332,3 +335,105 @@ def test_training_and_heldout_share_no_room(split):
     assert len(scenes[0]) == 10 and len(scenes[1]) == 4 and not scenes[0] & scenes[1]
     pictures = [{path.read_bytes() for path in (part / "images").rglob("*.jpg")} for part in parts]
     assert not pictures[0] & pictures[1]
+
+
+# Second pictures: --extra
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A folder of toy data with the extra types."""
+    root = tmp_path_factory.mktemp("pairs")
+    build(root, 3, 0, 9, 20, 1, True, extra=True)
+    return root
+
+
+EXTRA = ["relative distance with depth", "absolute distance with depth", "object size with depth", "object in a crop"]
+
+
+def test_rows_with_a_second_picture_go_through_all_stages(pairs, backbone, tmp_path):
+    examples = {kind: common.read_examples(pairs, kind) for kind in ("locate", "spatial", "coldstart", "worked")}
+    two = [example for example in examples["spatial"] if len(example.images) == 2]
+    assert {example.question_type for example in two} == set(EXTRA) and {example.data_type for example in two} == {"multi_view"}
+    assert all(len(example.images) == 1 for example in examples["locate"])
+    assert any(len(example.images) == 2 for example in examples["worked"]) and len(examples["worked"]) == len(examples["spatial"])
+
+    scenes = common.load_scenes(pairs, ["spatial", "worked"], backbone.processor)
+    scenes = [scene for scene in scenes if len(scene.images) == 2][:12]
+    assert {example.question_type for scene in scenes for example in scene.examples} >= {"object in a crop", "worked"}
+    packs = common.make_packs(backbone.tokenizer, scenes, 8, 0)
+    prefixes = common.encode_scenes(backbone, [pack.scene for pack in packs])
+    for pack, prefix in zip(packs, prefixes):
+        grids = common.scene_patches(backbone, pack.scene)[1]
+        assert len(grids) == 2 and len(prefix.features) == int(grids.prod(-1).sum()) // 4
+        assert len(prefix.ids) <= memory.scene_length(backbone, pack.scene)  # what the memory forecast assumes
+    logps, _, mask = common.branch_logprobs(backbone, prefixes, [pack.pairs for pack in packs])
+    assert torch.isfinite(logps).all() and mask.any(1).all()
+    ((_, texts),) = runs.answer_batches(backbone, scenes, "think", 3)
+    assert [len(some) for some in texts] == [len(scene.examples) for scene in scenes]
+    scores, legal = common.score_answers([f"<answer>{example.answer}</answer>" for example in two], two)
+    assert scores.tolist() == [1.0] * len(two) and legal.all()
+    items = benchmarks.read_stage0(pairs, "", tmp_path)
+    assert [item.example.images for item in items] == [example.images for example in examples["spatial"]]
+
+
+def test_second_pictures_show_what_their_question_says(pairs):
+    made, seen = {}, set()
+    for row in common.read_jsonl(pairs / common.FILES["spatial"]):
+        if row["question_type"] not in EXTRA:
+            continue
+        name, second = row["image"][0].split("/")[0], row["image"][1]
+        if name not in made:
+            made[name] = toy_world.make_room(random.Random(f"9 {name}"))
+        number, kind, *numbers = second.split("/")[1].rsplit(".", 1)[0].split("_")
+        _, depth, instance = toy_world.render(made[name], made[name]["cameras"][int(number) // 20])
+        pixels = np.asarray(Image.open(pairs / "images" / second)).astype(int)
+        if kind == "depth":
+            assert numbers == ["10"] and row["question"].startswith(
+                "The second picture shows depth: dark blue is 0 m, yellow is 10 m or more, black is unknown. "
+            )
+            share = (depth.clip(0, 10) / 10)[..., None]
+            dark, middle, bright = (np.array(colour) for colour in ((20, 20, 110), (30, 150, 140), (250, 230, 30)))
+            wanted = np.where(share < 0.5, dark + 2 * share * (middle - dark), middle + (2 * share - 1) * (bright - middle))
+            assert np.abs(pixels - wanted).max() <= 1
+        else:
+            x1, y1, x2, y2 = map(int, numbers)
+            first = np.asarray(Image.open(pairs / "images" / row["image"][0])).astype(int)[y1:y2, x1:x2]
+            assert np.array_equal(first, pixels) and min(x2 - x1, y2 - y1) >= 8
+            shown = {name_of(made[name]["solids"][k - 1]) for k in np.unique(instance[y1:y2, x1:x2]) if k}
+            wrong = {option[3:] for option in row["options"]} - {answered(row)}
+            assert answered(row) in shown and wrong and not wrong & shown
+        seen.add(row["question_type"])
+    assert seen == set(EXTRA)
+
+
+def test_extra_types_leave_the_other_rows_as_they_are(pairs, tmp_path):
+    build(tmp_path, 3, 0, 9, 20, 1, True)
+    plain, extra = (common.read_jsonl(root / common.FILES["locate"]) for root in (tmp_path, pairs))
+    assert len(plain) == len(extra)
+    plain, extra = (common.read_jsonl(root / common.FILES["spatial"]) for root in (tmp_path, pairs))
+    assert len(plain) == sum(len(row["image"]) == 1 for row in extra) > 0
+
+
+# Resuming
+
+
+def test_toy_rooms_are_made_again_only_if_what_they_are_made_from_changed(tmp_path):
+    build(tmp_path, 2, 0, 3, 2, 1, True, made_from="code 1")
+    part = tmp_path / "parts" / "scene0001_00.json"
+    content = json.loads(part.read_text())
+    content["result"]["spatial"] = []
+    part.write_text(json.dumps(content))
+    scan = tmp_path / "scans" / "scene0001_00"
+    shutil.copy(scan / "color" / "0.jpg", scan / "color" / "160.jpg")  # as older code with more cameras would have left it
+    for kind in ("depth", "pose"):
+        shutil.copy(next((scan / kind).glob("0.*")), scan / kind / f"160{next((scan / kind).glob('0.*')).suffix}")
+
+    def rooms():
+        return {row["image"][0].split("/")[0] for row in common.read_jsonl(tmp_path / common.FILES["spatial"])}
+
+    build(tmp_path, 2, 0, 3, 2, 1, True, made_from="code 1")
+    assert rooms() == {"scene0000_00"}
+    build(tmp_path, 2, 0, 3, 2, 1, True, made_from="code 2")
+    assert rooms() == {"scene0000_00", "scene0001_00"}
+    assert len(common.read_jsonl(tmp_path / "objects.jsonl")) == 16 and not (scan / "color" / "160.jpg").exists()

@@ -13,6 +13,7 @@ import pytest
 
 import common
 import stage0_data
+from support import scannet
 
 ROOT = Path(common.__file__).parent
 BEHIND_THE_TABLE = "\n# " + "-" * 96 + "\n# 5. Rows and files\n"
@@ -66,7 +67,7 @@ def test_the_answer_is_the_taller_object_of_the_mesh(project):
     data = project / "data" / "toy"
     for row in rows_of(data, "taller"):
         folder = data / "scans" / row["image"][0].split("/")[0]
-        objects = stage0_data.read_scannet(folder, stage0_data.read_labels(data / "labels.tsv")).objects
+        objects = stage0_data.read_scannet(folder, scannet.read_labels(data / "labels.tsv")).objects
         heights = {thing.label: np.ptp(thing.points[:, 2]) for thing in objects}
         first, second = (heights[option[3:]] for option in row["options"])
         assert (first > second) == (row["answer"] == "A") and abs(first - second) >= 0.199

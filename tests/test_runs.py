@@ -5,16 +5,23 @@ import math
 import shutil
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import PeftModel
+from PIL import Image
 from safetensors import safe_open
-from transformers import Qwen2_5_VLForConditionalGeneration
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 import common
-from support import runs
+import stage1_localize
+import stage2_understand
+import stage3_grpo
+from support import files, runs
 from support.runs import TrainSettings
 
 QUESTION, ANSWER = "Is the chair left or right?", "<think>The chair is at 12, 34.</think><answer>B</answer>"
@@ -52,7 +59,7 @@ def train_a_little(backbone, scenes, settings, steps=2, optimizers=None):
     """A few optimiser steps; returns the optimizers."""
     optimizers = optimizers or runs.make_optimizers(backbone.model, settings)
     for step in range(steps):
-        loss_of(backbone, scenes, pairs(backbone, 2)).backward()
+        loss_of(backbone, scenes, pairs(backbone, 2)[: len(scenes)]).backward()
         runs.optimizer_step(backbone.model, optimizers, settings, step, 10)
     return optimizers
 
@@ -165,7 +172,7 @@ def rooms_of(scenes):
     return {Path(path).parent.name for scene in scenes for path in scene.images}
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_no_room_is_trained_on_and_scored(backbone, ladder_data, tmp_path, seed, capsys):
     """60 scans of 50 rooms: ten rooms were scanned twice. In every kind of rows the same room is held out, with both scans."""
     scans = [f"scene{n:04d}_00" for n in range(50)] + [f"scene{n:04d}_01" for n in range(10)]
@@ -177,14 +184,52 @@ def test_no_room_is_trained_on_and_scored(backbone, ladder_data, tmp_path, seed,
         trained = rooms_of(runs.training_scenes(settings, kinds, backbone.processor))
         assert not {scan[:9] for scan in trained} & {scan[:9] for scan in held_out[0]}
         assert trained | held_out[0] == set(scans)
-    assert f"{60 - len(held_out[0])} training scenes; held out: {len(held_out[0])} scenes (rooms: 1)" in capsys.readouterr().err
+    text = f"{60 - len(held_out[0])} training scenes; {len(held_out[0])} left out; held out are 1 rooms"
+    assert text in capsys.readouterr().err
 
 
-def test_different_seeds_hold_out_different_rooms(backbone, ladder_data, tmp_path):
-    split_data(tmp_path, ladder_data, [f"scene{n:04d}_00" for n in range(50)])
+def test_every_seed_holds_out_the_same_rooms(ladder_data, tmp_path):
+    """Otherwise stage 3 with another seed would be scored on rooms that stage 2 was trained on."""
+    split_data(tmp_path, ladder_data, [f"scene{n:04d}_00" for n in range(100)])
     chosen = [runs.held_out_rooms(make_settings(tmp_path, data=str(tmp_path), seed=seed)) for seed in range(5)]
-    assert len(set.union(*chosen)) > 1 and all(len(rooms) == 1 for rooms in chosen)
-    assert chosen[3] == runs.held_out_rooms(make_settings(tmp_path, data=str(tmp_path), seed=3))
+    assert len(chosen[0]) == 2 and all(rooms == chosen[0] for rooms in chosen)
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["drawn", "heldout folder"])
+def test_what_any_stage_scores_is_in_no_pack_of_any_stage(tiny_model, ladder_data, tmp_path, monkeypatch, folder):
+    """The stages' own work, with the training replaced: what they would learn from and score. With a heldout/ folder one of its
+    rooms is among the training rows, too."""
+    scans = [f"scene{n:04d}_0{n % 2}" for n in range(12)]
+    split_data(tmp_path, ladder_data, scans)
+    if folder:
+        (tmp_path / "heldout").mkdir()
+        split_data(tmp_path / "heldout", ladder_data, ["scene0003_00", "scene0100_00"])
+        (tmp_path / "heldout" / common.FILES["coldstart"]).write_text("")  # as the toy has it: traces are not scored
+    learnt, scored = set(), set()
+
+    def note(backbone, packs, *held_out):  # and settings and run; stage 3 has pairs (scene, example) for packs
+        learnt.update(rooms_of(pack[0] if isinstance(pack, tuple) else pack.scene for pack in packs))
+        scored.update(*map(rooms_of, held_out[:-2]))
+
+    def cold(backbone, packs, probe, *_):  # its probe has training scenes
+        learnt.update(rooms_of(pack.scene for pack in packs) | rooms_of(probe))
+
+    monkeypatch.setattr(stage1_localize, "train", note)
+    monkeypatch.setattr(stage2_understand, "train", note)
+    monkeypatch.setattr(stage3_grpo, "train_cold_start", cold)
+    monkeypatch.setattr(stage3_grpo, "grpo", note)
+    monkeypatch.setattr(runs.Run, "finish", lambda *_: None)
+    load = common.load_backbone
+    monkeypatch.setattr(common, "load_backbone", lambda path, *args: load(tiny_model, *args))
+    same = {"data": str(tmp_path), "model": str(tiny_model), "load": "fp32"}
+    for seed, (module, cls, more) in enumerate((
+        (stage1_localize, stage1_localize.LocalizeSettings, {}),
+        (stage2_understand, stage2_understand.UnderstandSettings, {"replay": 1.0}),
+        (stage3_grpo, stage3_grpo.GRPOSettings, {"locate": 0.25, "cold_mix": 2.0}),
+    )):  # fmt: skip
+        module.work(cls(**same, **more, seed=seed, out=str(tmp_path / f"run{seed}" / "stage")))
+    assert len(learnt) > 6 and scored and not {scan[:9] for scan in learnt} & {scan[:9] for scan in scored}
+    assert not folder or scored == {"scene0003_00", "scene0100_00"}
 
 
 def test_with_eval_scenes_0_all_is_trained_on_and_nothing_scored(backbone, ladder_data, tmp_path):
@@ -358,7 +403,7 @@ def test_a_saved_model_gives_the_log_probabilities_of_its_adapter(backbone, scen
     fill_lora(backbone)
     adapted = scores_of(backbone, scenes, branches)
     assert (adapted - base).abs().max() > 0.1
-    common.save_model(backbone, tmp_path)
+    files.save_model(backbone, tmp_path)
     saved = common.load_backbone(tmp_path / "model", "fp32")
     torch.testing.assert_close(scores_of(saved, scenes, branches), adapted, atol=1e-5, rtol=0)
     assert not any("lora" in name for name, _ in saved.model.named_parameters())
@@ -378,13 +423,13 @@ def test_a_fully_tuned_model_is_saved_as_it_is(backbone, scenes, tmp_path):
     train_a_little(backbone, scenes, settings)
     trained = scores_of(backbone, scenes, pairs(backbone, 2))
     assert (trained - base).abs().max() > 0.1
-    common.save_model(backbone, tmp_path)
+    files.save_model(backbone, tmp_path)
     saved = common.load_backbone(tmp_path / "model", "fp32")
     torch.testing.assert_close(scores_of(saved, scenes, pairs(saved, 2)), trained, atol=1e-5, rtol=0)
 
 
 def test_pixel_limits_of_a_run_are_saved_with_its_model(tiny_model, tmp_path):
-    common.save_model(common.load_backbone(tiny_model, "fp32", min_pixels=28 * 28, max_pixels=84 * 84), tmp_path)
+    files.save_model(common.load_backbone(tiny_model, "fp32", min_pixels=28 * 28, max_pixels=84 * 84), tmp_path)
     saved = common.load_backbone(tmp_path / "model", "fp32")
     assert common.resized_size(saved.processor, 1000, 1000) == (84, 84)
     assert common.resized_size(saved.processor, 28, 28) == (28, 28)
@@ -435,10 +480,11 @@ def test_a_4bit_model_is_merged_into_bf16_weights(tiny_model, scenes, tmp_path):
             key = name.removeprefix("base_model.model.") + ".weight"
             low, high = module.lora_A["default"].weight, module.lora_B["default"].weight
             delta[key] = (high @ low).detach() * (32 / 4)  # alpha / rank
-    common.save_model(backbone, tmp_path)
+    files.save_model(backbone, tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "model" / "config.json").read_text())
-    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
-        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
+    for path in (tmp_path / "model").glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
     saved, plain = common.load_backbone(tmp_path / "model", "bf16"), common.load_backbone(tiny_model, "bf16")
     weights = dict(plain.model.named_parameters())
     for name, parameter in saved.model.named_parameters():
@@ -448,26 +494,55 @@ def test_a_4bit_model_is_merged_into_bf16_weights(tiny_model, scenes, tmp_path):
     assert scores_of(saved, scenes, pairs(saved, 1)).isfinite().all()
 
 
+@pytest.mark.parametrize("shard", [10**9, 400_000])
+def test_a_4bit_models_merge_gives_the_logits_of_its_adapter_on_the_stored_model(tiny_model, tmp_path, monkeypatch, shard):
+    """peft's own forward pass in float32 on the stored bf16 weights; the base, too, is in several files."""
+    base = common.load_backbone(tiny_model, "bf16")
+    for part in (base.model, base.tokenizer, base.processor):
+        part.save_pretrained(tmp_path / "base", **{"max_shard_size": "1MB"} if part is base.model else {})
+    monkeypatch.setattr(files, "SHARD", shard)
+    backbone = common.load_backbone(tmp_path / "base", "4bit")
+    common.adapt(backbone, make_settings(tmp_path, load="4bit", lora_rank=4))
+    fill_lora(backbone)
+    files.save_model(backbone, tmp_path)
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
+    assert (len(list((tmp_path / "model").glob("*.safetensors"))) > 1) == (shard < 10**9)
+
+    def logits(folder, adapter=None):
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        model = PeftModel.from_pretrained(model, adapter) if adapter else model
+        return model(input_ids=torch.arange(40)[None]).logits.detach()
+
+    plain, wanted, found = logits(tmp_path / "base"), logits(tmp_path / "base", tmp_path / "adapter"), logits(tmp_path / "model")
+    assert (found - wanted).norm() < 0.01 * (wanted - plain).norm()
+    told = json.loads((tmp_path / "model" / "config.json").read_text())
+    stored = json.loads((tmp_path / "base" / "config.json").read_text())
+    assert told == stored
+
+
 # ------------------------------------------------------------------------------------------------
 # Checkpoints
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changed", [{"lora_rank": 4}, {"tune": "full"}, {"tune": "full", "optimizer": "muon"}],
-ids=str)
+@pytest.mark.parametrize("changed", [
+    {"lora_rank": 4}, {"tune": "full"}, {"tune": "full", "optimizer": "muon"}, {"tune": "full", "load": "bf16", "lr": 1e-5},
+    {"tune": "full", "load": "bf16", "optimizer": "muon", "muon_lr": 1e-5},
+], ids=str)  # fmt: skip
 def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tiny_model, scenes, tmp_path, changed):
     settings = make_settings(tmp_path, **changed)
     run = runs.Run(settings, {})
     assert run.first == 0
+    scenes = scenes[:1] if settings.load == "bf16" else scenes  # slow without bf16 instructions
     torch.manual_seed(0)
-    first = common.load_backbone(tiny_model, "fp32")
+    first = common.load_backbone(tiny_model, settings.load)
     common.adapt(first, settings)
     optimizers = train_a_little(first, scenes, settings)
     run.save(2, first, optimizers)
     train_a_little(first, scenes, settings, optimizers=optimizers)
 
     torch.manual_seed(1)  # another adapter before loading
-    second = common.load_backbone(tiny_model, "fp32")
+    second = common.load_backbone(tiny_model, settings.load)
     common.adapt(second, settings)
     optimizers = runs.make_optimizers(second.model, settings)
     run = runs.Run(settings, {})
@@ -476,7 +551,45 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tiny_model,
     assert all(optimizer.state_dict()["state"] for optimizer in optimizers)
     train_a_little(second, scenes, settings, optimizers=optimizers)
     for (name, wanted), (_, got) in zip(first.model.named_parameters(), second.model.named_parameters(), strict=True):
-        assert torch.equal(wanted, got), name
+        assert torch.equal(wanted, got) and torch.equal(runs.master(wanted), runs.master(got)), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_full_tuning_in_bf16_moves_every_weight_that_has_a_gradient(tiny_model, scenes, tmp_path, optimizer):
+    """At the paper's rate an update is far below bf16's precision: only 16 % of the weights moved in 60 steps. What is learnt is
+    what the same optimizer makes of float32 weights and the same gradients."""
+    settings = make_settings(
+        tmp_path, tune="full", load="bf16", optimizer=optimizer, lr=1e-5, muon_lr=1e-5, warmup=0.0, clip=1e9
+    )
+    backbone = common.load_backbone(tiny_model, "bf16")
+    common.adapt(backbone, settings)
+    trained = {name: p for name, p in backbone.model.named_parameters() if p.requires_grad}
+    weights = {name: torch.nn.Parameter(p.detach().float()) for name, p in trained.items()}
+    optimizers, plain = runs.make_optimizers(backbone.model, settings), runs.OPTIMIZERS[optimizer](weights.items(), settings)
+    start = {name: p.detach().clone() for name, p in weights.items()}
+    loss_of(backbone, scenes[:1], pairs(backbone, 1)[:1]).backward()
+    gradients = {name: p.grad.clone() for name, p in trained.items()}
+    for step in range(12):
+        for name in trained:
+            trained[name].grad, weights[name].grad = gradients[name].clone(), gradients[name].float()
+        runs.optimizer_step(backbone.model, optimizers, settings, step, 1000)
+        for one, other in zip(optimizers, plain):
+            other.param_groups[0]["lr"] = one.param_groups[0]["lr"]
+            other.step()
+    for name, p in trained.items():
+        torch.testing.assert_close(runs.master(p), weights[name].data, atol=1e-8, rtol=0)
+        assert torch.equal(p, weights[name].bfloat16())  # what the model computes with
+    moved = torch.cat([(runs.master(p) != start[name])[gradients[name] != 0] for name, p in trained.items()])
+    assert moved.float().mean() > 0.99
+
+
+@pytest.mark.parametrize("load", ["bf16", "4bit"])
+def test_adapters_are_float32_and_need_no_copies(tiny_model, tmp_path, load):
+    backbone = common.load_backbone(tiny_model, load)
+    common.adapt(backbone, make_settings(tmp_path, load=load, lora_rank=2))
+    runs.make_optimizers(backbone.model, make_settings(tmp_path))
+    assert {p.dtype for p in backbone.model.parameters() if p.requires_grad} == {torch.float32}
+    assert not any(hasattr(p, "master") for p in backbone.model.parameters())
 
 
 def small_checkpoint(settings, step=3):
@@ -632,11 +745,143 @@ def test_a_finished_run_is_known_by_its_model_and_its_settings(tmp_path):
     assert not runs.is_finished(settings)
     (run.folder / "model").mkdir()
     (run.folder / "model" / "config.json").write_text("{}")
+    assert not runs.is_finished(settings)  # without weights it is none
+    (run.folder / "model" / "model.safetensors").write_bytes(b"")
     assert runs.is_finished(settings) and runs.is_finished(make_settings(tmp_path, processes=7))
     assert not runs.is_finished(make_settings(tmp_path, max_steps=9))  # it may have further steps to do
     assert not runs.is_finished(make_settings(tmp_path, resume="never"))
+    with pytest.raises(SystemExit, match="was made with --lr 0.0001, not --lr 0.5"):
+        runs.is_finished(make_settings(tmp_path, lr=0.5))  # also where its checkpoint was deleted to save space
     runs.Run(make_settings(tmp_path, max_steps=9), {})
     assert not (run.folder / "model").exists()  # no model is there while it trains
+
+
+@pytest.fixture
+def begun(tiny_model, ladder_data, tmp_path):
+    """(settings, run) of a finished run from real files: a model and data of its own, under relative names."""
+    shutil.copytree(tiny_model, tmp_path / "before")
+    shutil.copytree(ladder_data, tmp_path / "data")
+    settings = make_settings(tmp_path, model=str(tmp_path / "before"), data=str(tmp_path / "data"))
+    run, _ = small_checkpoint(settings)
+    shutil.copytree(tiny_model, run.folder / "model")
+    assert runs.is_finished(settings)
+    return settings, run
+
+
+def append_row(folder):
+    path = folder / "data" / common.FILES["spatial"]
+    path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
+
+
+def change_letter(folder):
+    path = folder / "data" / common.FILES["locate"]
+    path.write_text(path.read_text().replace("chair", "stool", 1))
+
+
+def change_weight(folder):
+    weights = load_file(folder / "before" / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][-1, -1] += 0.5
+    save_file(weights, folder / "before" / "model.safetensors", {"format": "pt"})
+
+
+CHANGES = {  # what is named: how it changes
+    "a row more": (append_row, "data"), "another word of a row": (change_letter, "data"), "a weight": (change_weight, "before"),
+    "a picture less": (lambda folder: next((folder / "data").glob("images/*/*.jpg")).unlink(), "data"),
+    "a picture": (lambda folder: Image.new("RGB", (9, 9)).save(next((folder / "data").glob("images/*/*.jpg"))), "data"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_run_is_neither_finished_nor_resumed_when_what_it_started_from_has_changed(begun, tmp_path, name):
+    settings, run = begun
+    change, named = CHANGES[name]
+    change(tmp_path)
+    for call in (lambda: runs.is_finished(settings), lambda: runs.Run(settings, {})):
+        with pytest.raises(SystemExit) as stopped:
+            call()
+        assert f"{tmp_path / named} changed" in str(stopped.value) and "--resume never" in str(stopped.value)
+        assert str(run.folder) in str(stopped.value) and run.checkpoint.is_file() and common.has_model(run.folder / "model")
+    again = replace(settings, resume="never")
+    assert not runs.is_finished(again) and runs.Run(again, {}).first == 0
+
+
+def test_folders_may_move_and_be_deleted(begun, tmp_path):
+    settings, run = begun
+    for name, other in (("before", "elsewhere"), ("data", "other data"), ("run", "runs 2")):
+        shutil.move(tmp_path / name, tmp_path / other)
+    moved = replace(settings, model=str(tmp_path / "elsewhere"), data=str(tmp_path / "other data"), out=str(tmp_path / "runs 2"))
+    assert runs.is_finished(moved)
+    shutil.rmtree(tmp_path / "elsewhere")  # the model of the stage before, for space: nothing says that it has changed
+    assert runs.is_finished(replace(moved, model=settings.model))
+    shutil.copytree(run.folder.with_name("runs 2") / "model", tmp_path / "elsewhere")
+    check_resumes(moved, 3)
+
+
+def test_of_a_large_file_pieces_are_compared_and_of_a_small_one_all(tmp_path):
+    for size, places in ((200_000, (0, 99_999, 199_999)), (2**28, (0, 2**28 // 1000 * 500))):
+        with (tmp_path / "x").open("wb") as file:
+            file.truncate(size)
+        found = {runs.digest([tmp_path / "x"])}
+        for place in places:
+            with (tmp_path / "x").open("r+b") as file:
+                file.seek(place)
+                file.write(b"a")
+            found.add(runs.digest([tmp_path / "x"]))
+        assert len(found) == 1 + len(places)
+    assert runs.digest([tmp_path / "none"]) == ""
+
+
+WRITES = [
+    (PeftModel, "save_pretrained"), (Qwen2_5_VLForConditionalGeneration, "save_pretrained"),
+    (Qwen2VLImageProcessorPil, "save_pretrained"), (Path, "rename"), (shutil, "rmtree"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("owner, name", WRITES, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_a_model_folder_is_whole_or_not_there_at_every_moment_of_its_writing(tiny_model, tmp_path, monkeypatch, owner, name):
+    """Killed at every single call of what writes, renames or removes, with half of it done. There is an old model already."""
+    settings = make_settings(tmp_path, model=str(tiny_model), lora_rank=2)
+    backbone = common.load_backbone(tiny_model, "fp32")
+    common.adapt(backbone, settings)
+    run = runs.Run(settings, {})
+    files.save_model(backbone, run.folder)
+    fill_lora(backbone)
+    real, calls = getattr(owner, name), []
+
+    def killed(target, *args, **kwargs):
+        calls.append(target)
+        if len(calls) < moment:
+            return real(target, *args, **kwargs)
+        if name == "save_pretrained":  # some of its files
+            Path(args[0]).mkdir(exist_ok=True)
+            (Path(args[0]) / "config.json").write_text("{}")
+            (Path(args[0]) / "adapter_config.json").write_text("{}")
+        elif name == "rmtree" and Path(target).is_dir():
+            for path in list(Path(target).glob("*"))[::2]:
+                path.unlink()
+        raise KeyboardInterrupt
+
+    for moment in range(1, 12):  # noqa: B007 (read in killed)
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, killed)
+            try:
+                files.save_model(backbone, run.folder)
+                break
+            except KeyboardInterrupt:
+                pass
+        if (run.folder / "model").exists():
+            common.load_backbone(run.folder / "model", "fp32")
+            assert runs.is_finished(settings)
+        if (run.folder / "adapter").exists():
+            assert (run.folder / "adapter" / "adapter_model.safetensors").is_file()
+            assert json.loads((run.folder / "adapter" / "adapter_config.json").read_text())["r"] == 2
+    assert moment > 1
+    files.save_model(backbone, run.folder)  # the same again goes on: what was left is in nobody's way
+    saved = common.load_backbone(run.folder / "model", "fp32")
+    ids = torch.arange(9)[None]
+    torch.testing.assert_close(saved.model(input_ids=ids).logits, backbone.model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+    assert sorted(path.name for path in run.folder.iterdir() if path.is_dir()) == ["adapter", "model"]
 
 
 def test_a_gradient_of_zeros_moves_nothing_though_there_is_momentum(tmp_path):

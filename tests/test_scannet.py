@@ -18,12 +18,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from scannet_fixture import NO_ROW, Camera, alignment, bedroom, cast, rectangle, study, write_scene, write_table
+from scannet_fixture import (
+    NO_ROW,
+    Camera,
+    alignment,
+    bedroom,
+    cast,
+    rectangle,
+    shrink,
+    study,
+    without_lines,
+    write_scene,
+    write_table,
+)
 from scipy.spatial.distance import cdist
 
 import common
 import stage0_data
-from support import jobs, report
+from support import jobs, report, scannet
 
 META = Path(__file__).resolve().parents[2] / "shared" / "data" / "scannet_meta_info_val.json"
 FOUR = ["relative direction", "relative distance", "absolute distance", "object size"]
@@ -35,6 +47,7 @@ TYPES = {  # kind of picture -> question types, without --extra
 AXES, DIAGONALS = ["left", "right", "front", "back"], ["left-front", "left-back", "right-front", "right-back"]
 EIGHT = ["front", "front-left", "left", "back-left", "back", "back-right", "right", "front-right"]
 CLOSEST = "Measuring from the closest point of each object, "
+DEPTH = r"The second picture shows depth: dark blue is 0 m, yellow is 5 m or more, black is unknown\. "
 ASKED = {  # type -> pattern of its question
     "relative direction": r"From the camera's perspective, is the (.+) to the (.+)'s (left.+)\?$",
     "standing": r"If I am standing by the (.+) and facing the (.+), is the (.+?) to (my|the) (?:front-)?left",
@@ -46,6 +59,11 @@ ASKED = {  # type -> pattern of its question
     "room size": r"(What is the size of this room \(in square meters\)\?)",
     "appearance order": r"What will be the first-time appearance order of the following categories in the video: (.+)\?$",
     "perspective taking": r"Imagine you are standing at the (.+) and looking towards the (.+)\. Where is the (.+)\?$",
+    "relative distance with depth": DEPTH + CLOSEST + r"which of these two objects \((.+)\) is (closer) to the (.+)\?$",
+    "absolute distance with depth": DEPTH + CLOSEST + r"what is the distance between the (.+) and the (.+) \(in meters\)\?$",
+    "object size with depth": DEPTH + r"What is the length of the longest dimension \(length, width, or height\) of the (.+), "
+                              r"measured in centimeters\?$",
+    "object in a crop": r"(The second picture is a part of the first\. Which of these objects is in it\?)$",
     "view change": r"From picture (\d+) to picture (\d+), did the camera mainly (move|turn) (.+)\?$",
 }  # fmt: skip
 
@@ -187,7 +205,14 @@ def level_of(question):
 def in_any_order(row):
     """Whether a question's options have no fixed order."""
     stands = row["question_type"] == "relative direction" and row["data_type"] != "single_image"
-    return stands or row["question_type"] in ("relative distance", "appearance order", "perspective taking")
+    return stands or row["question_type"] in (
+        "relative distance", "appearance order", "perspective taking", "relative distance with depth", "object in a crop"
+    )  # fmt: skip
+
+
+def of_one_frame(row):
+    """Whether a row is about one frame, shown alone or with a picture made from it."""
+    return row["data_type"] == "single_image" or len(row["image"]) == 2
 
 
 def words_of(row):
@@ -207,7 +232,7 @@ def asked_of(row):
 
 
 def numbers_of(row):
-    return tuple(int(Path(name).stem) for name in row["image"])
+    return tuple(int(Path(name).stem) for name in row["image"] if "_" not in Path(name).stem)
 
 
 def all_rows(room, seed="rows"):
@@ -253,7 +278,7 @@ def small(root, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def labels(root):
-    return stage0_data.read_labels(root.path / "scannetv2-labels.combined.tsv")
+    return scannet.read_labels(root.path / "scannetv2-labels.combined.tsv")
 
 
 @pytest.fixture(scope="module")
@@ -370,12 +395,223 @@ def test_segments_of_another_mesh_are_refused(short, labels):
 
 def test_missing_label_table_is_named(tmp_path):
     with pytest.raises(SystemExit, match="scannetv2-labels"):
-        stage0_data.read_labels(tmp_path / "scannetv2-labels.combined.tsv")
+        scannet.read_labels(tmp_path / "scannetv2-labels.combined.tsv")
 
 
 def test_files_in_a_folder_that_are_no_frames_are_passed_over(short, labels):
     (short / "color" / "thumbnail.jpg").write_bytes(b"")
     assert len(stage0_data.read_scannet(short, labels).frames) == 9
+
+
+def doubled(groups):
+    """All objects listed twice, as in scene0217_00."""
+    groups += json.loads(json.dumps(groups))
+
+
+def test_objects_that_are_listed_twice_count_once(short, labels):
+    before = stage0_data.read_scannet(short, labels)
+    edit_groups(short, doubled)
+    groups = json.loads((short / f"{short.name}.aggregation.json").read_text())["segGroups"]
+    groups[1]["segments"] *= 2
+    (short / f"{short.name}.aggregation.json").write_text(json.dumps({"segGroups": groups}))
+    room = stage0_data.read_scannet(short, labels)
+    assert room.counts == before.counts and room.counts["stool"] == 2
+    now, then = ([(o.number, o.label, len(o.points)) for o in some.objects] for some in (room, before))
+    assert now == then
+    assert room.skipped == {"object listed twice": len(before.objects)}
+
+
+def edit_groups(folder, change):
+    """Apply a function to the list of groups in the aggregation file; groups[1:] are furniture."""
+    path = folder / f"{folder.name}.aggregation.json"
+    content = json.loads(path.read_text())
+    change(content["segGroups"])
+    path.write_text(json.dumps(content))
+
+
+def edit_matrix(folder, kind, change):
+    """Apply a function to an intrinsic matrix (4, 4), in place or returning another."""
+    path = folder / "intrinsic" / f"intrinsic_{kind}.txt"
+    matrix = np.loadtxt(path)
+    changed = change(matrix)
+    np.savetxt(path, matrix if changed is None else changed)
+
+
+def edit_picture(path, change):
+    change(Image.open(path)).save(path)
+
+
+def set_line(folder, key, value):
+    without_lines(folder, key)
+    with (folder / f"{folder.name}.txt").open("a") as file:
+        file.write(f"{key} = {value}\n")
+
+
+def rotated(path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.open(path).save(path, exif=exif)
+
+
+def cropped(folder):
+    for path in (folder / "color").iterdir():
+        edit_picture(path, lambda image: image.crop((0, 0, 324, 182)))
+
+
+def scaled_by(folder, x, y, kind="color"):
+    edit_matrix(folder, kind, lambda m: np.diag([x, y, 1, 1]) @ m)
+
+
+COLOR, DEPTH_20 = "color/000020.jpg", "depth/20.png"
+FAULTS = {  # name: (function that breaks a scan, words of the message; the first names the file)
+    "picture of another size": (lambda f: edit_picture(f / COLOR, lambda i: i.resize((9, 9))), "000020.jpg: .*9, 9.*324, 242"),
+    "cropped pictures": (cropped, r"intrinsic_color.txt: .*324 x 242.*another shape, 324 x 182"),
+    "cropped, size unknown": (lambda f: (cropped(f), without_lines(f, "color")), "intrinsic_color.txt: the principal point"),
+    "depth cropped": (lambda f: [edit_picture(p, lambda i: i.crop((0, 0, 160, 90))) for p in (f / "depth").iterdir()],
+                      "intrinsic_depth.txt: .*another shape, 160 x 90"),
+    "principal point in a corner": (lambda f: edit_matrix(f, "color", lambda m: m.__setitem__((0, 2), 20)), "principal point"),
+    "focal length of <id>.txt": (lambda f: set_line(f, "fx_color", 400), "intrinsic_color.txt: fx is 291.*fx_color.*400"),
+    "centre of <id>.txt": (lambda f: set_line(f, "my_depth", 66), "intrinsic_depth.txt: my is .*my_depth .*66"),
+    "three numbers": (lambda f: edit_matrix(f, "color", lambda m: m[:1, :3]), "intrinsic_color.txt: this is not a 3x3 or 4x4"),
+    "not a number": (lambda f: edit_matrix(f, "depth", lambda m: m * np.nan), "intrinsic_depth.txt: this is not"),
+    "transposed": (lambda f: edit_matrix(f, "color", lambda m: m.T.copy()), "intrinsic_color.txt: this is not a camera matrix"),
+    "zeros": (lambda f: edit_matrix(f, "color", lambda m: 0 * m), "intrinsic_color.txt: this is not a camera matrix"),
+    "text": (lambda f: (f / "intrinsic/intrinsic_color.txt").write_text("f = 3"), "intrinsic_color.txt: could not convert"),
+    "RGB depth": (lambda f: edit_picture(f / DEPTH_20, lambda i: Image.new("RGB", i.size)), "20.png: this is no depth .* RGB"),
+    "8-bit depth": (lambda f: edit_picture(f / DEPTH_20, lambda i: Image.new("L", i.size)), "20.png: this is no depth .* L,"),
+    "no picture": (lambda f: (f / COLOR).write_bytes(b"no"), "000020.jpg: UnidentifiedImageError"),
+    "rotated by EXIF": (lambda f: rotated(f / COLOR), "000020.jpg: .*EXIF"),
+    "two of a number": (lambda f: shutil.copy(f / COLOR, f / "color" / "20.png"), "20.png and 000020.jpg have the same number"),
+    "width": (lambda f: set_line(f, "colorWidth", -1), "scene0033_00.txt: colorWidth = -1 is not positive"),
+    "depth shift": (lambda f: set_line(f, "depthShift", "0"), "scene0033_00.txt: depthShift = 0 is not positive"),
+    "alignment of 15": (lambda f: set_line(f, "axisAlignment", "1 " * 15), "scene0033_00.txt: axisAlignment = .* 16"),
+    "alignment of zeros": (lambda f: set_line(f, "axisAlignment", "0 " * 16), "scene0033_00.txt: axisAlignment is not a rotation"),
+    "mesh cut short": (lambda f: (f / "scene0033_00_vh_clean_2.ply").write_bytes(b"ply\n"), "vh_clean_2.ply: "),
+    "groups cut short": (lambda f: (f / "scene0033_00.aggregation.json").write_text("{"), "aggregation.json: JSONDecodeError"),
+    "negative vertex segment": (
+        lambda f: (p := f / "scene0033_00_vh_clean_2.0.010000.segs.json").write_text(p.read_text().replace("[0,", "[-1,", 1)),
+        "segs.json: segIndices are not whole numbers from 0"),
+    "negative segment": (lambda f: edit_groups(f, lambda g: g[1]["segments"].append(-4)), "json: object 2 .*such as -4"),
+    "no segments": (lambda f: edit_groups(f, lambda g: g[1].update(segments=[])), "aggregation.json: object 2 .* no segments"),
+    "no vertices": (lambda f: edit_groups(f, lambda g: g[2].update(segments=[7777])), "aggregation.json: object 5 .*such as 7777"),
+    "no such field": (lambda f: edit_groups(f, lambda g: g[2].pop("objectId")), "aggregation.json: KeyError..objectId"),
+    "negative object": (lambda f: edit_groups(f, lambda g: g[1].update(objectId=-1)), "aggregation.json: object -1 .*whole number"),
+    "number of two": (lambda f: edit_groups(f, lambda g: g[2].update(objectId=2)), "aggregation.json: object 2 .* its number"),
+    "shared segment": (lambda f: edit_groups(f, lambda g: g[2]["segments"].append(g[1]["segments"][0])),
+                       "aggregation.json: object 5 .* shares segments with object 2"),
+    "two labels": (lambda f: edit_groups(f, lambda g: g.append(g[1] | {"label": "lamp", "objectId": 99})),
+                   "aggregation.json: object 99 .lamp. shares segments with object 2"),
+    "poses of zeros": (lambda f: [np.savetxt(p, np.zeros((4, 4))) for p in (f / "pose").iterdir()],
+                       "scene0033_00: no frame has .*9 x frame with a pose that scales"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_of_a_scan_are_named(short, labels, name):
+    """A scan that contradicts itself is left out, with a reason that names the file."""
+    change, words = FAULTS[name]
+    change(short)
+    with pytest.raises(SystemExit, match=words):
+        stage0_data.read_scannet(short, labels)
+
+
+def test_frames_whose_pose_cannot_be_used_are_counted(short, labels):
+    mirror = np.loadtxt(short / "pose" / "60.txt") @ np.diag([-1, 1, 1, 1])
+    for number, pose in ((0, np.full((4, 4), np.nan)), (20, np.zeros((4, 4))), (40, np.eye(3)), (60, mirror), (80, 2 * np.eye(4))):
+        np.savetxt(short / "pose" / f"{number}.txt", pose)
+    (short / "pose" / "100.txt").write_text("-1.#IND " * 16)
+    room = stage0_data.read_scannet(short, labels)
+    assert [frame.number for frame in room.frames] == [120, 140, 160]
+    assert room.skipped == {
+        "frame without a finite pose": 1, "frame with a pose that scales or mirrors": 3, "frame without a 4x4 pose": 2,
+    }  # fmt: skip
+
+
+def test_other_ways_to_export_the_same_scan(short, labels, tmp_path):
+    """PNG pictures, 3x3 intrinsics, padded names, depth in other units: the same boxes."""
+    before = stage0_data.read_scannet(short, labels)
+    boxes = [stage0_data.visible_boxes(before, frame) for frame in before.frames]
+    for path in list((short / "color").iterdir()):
+        Image.open(path).save(path.with_suffix(".png"))
+        path.unlink()
+    for path in list((short / "depth").iterdir()):
+        Image.fromarray((np.asarray(Image.open(path)).astype(float) * 5).clip(0, 65535).astype(np.uint16)).save(path)
+        path.rename(path.with_stem(path.stem.zfill(5)))
+    set_line(short, "depthShift", 5000)
+    for kind in ("color", "depth"):
+        edit_matrix(short, kind, lambda m: m[:3, :3])
+    room = stage0_data.read_scannet(short, labels)
+    assert [frame.number for frame in room.frames] == [frame.number for frame in before.frames] and not room.scaled
+    assert [stage0_data.visible_boxes(room, frame) for frame in room.frames] == boxes and all(some for some, _ in boxes)
+    scannet.write_picture(tmp_path / "images" / "20.jpg", *scannet.frame_files(short))
+    with Image.open(tmp_path / "images" / "20.jpg") as image:
+        assert image.format == "JPEG" and image.size == (324, 242)
+
+
+# -- pictures of another size than the intrinsics ---------------------------------------------------
+
+
+@pytest.fixture
+def few(root, tmp_path):
+    """The bedroom (640x480) with every eighth frame."""
+    folder = copy_scene(root.path / "scans" / "scene0007_00", tmp_path / "scene0007_00")
+    for path in [*folder.glob("color/*"), *folder.glob("depth/*"), *folder.glob("pose/*")]:
+        if int(path.stem) // 20 % 8 != 3:
+            path.unlink()
+    return folder
+
+
+def check_scaled_boxes(root, room, size):
+    """The boxes are those of the original pictures, times the ratio of the sizes, to half a pixel."""
+    truth, ratio = Truth(root.made["scene0007_00"]), np.tile(np.array(size) / (640, 480), 2)
+    compared = 0
+    for frame in room.frames:
+        boxes = stage0_data.visible_boxes(room, frame)[0]
+        for index, bounds in truth.sight(frame.number)[0].items():
+            box = boxes[truth.made.boxes[index].number]
+            assert np.abs(np.clip(np.array(bounds) * ratio, 0, np.tile(size, 2)) - box).max() < 0.501
+            compared += 1
+    assert len(room.frames) >= 4 and compared >= 15
+
+
+@pytest.mark.parametrize("size", [(320, 240), (323, 238), (1296, 968)])
+@pytest.mark.parametrize("told", ["by <id>.txt", "by the principal point", "intrinsics scaled, too"])
+def test_boxes_follow_the_size_of_the_pictures(root, few, labels, size, told):
+    shrink(few, "color", size)
+    x, y = size[0] / 640, size[1] / 480
+    if told == "by the principal point":
+        without_lines(few, "color")
+    elif told == "intrinsics scaled, too":
+        edit_matrix(few, "color", lambda m: m.__setitem__(slice(3), np.array([[x, 0, x / 2 - 0.5], [0, y, y / 2 - 0.5], [0, 0, 1]])
+                                                          @ m[:3]))  # fmt: skip
+    room = stage0_data.read_scannet(few, labels)
+    check_scaled_boxes(root, room, size)
+    how = {"from": [640, 480], "to": list(size), "scale": [pytest.approx(x, abs=1e-4), pytest.approx(y, abs=1e-4)]}
+    assert room.scaled == ({} if told == "intrinsics scaled, too" else {"color": how})
+
+
+def test_depth_follows_the_size_of_its_pictures(root, few, labels):
+    """Each vertex falls on the same part of the depth picture as before."""
+    before = stage0_data.read_scannet(few, labels)
+    shrink(few, "depth", (80, 60))
+    room = stage0_data.read_scannet(few, labels)
+    assert room.scaled == {"depth": {"from": [160, 120], "to": [80, 60], "scale": [0.5, 0.5]}}
+    points = np.concatenate([o.points for o in room.objects])
+    for frame in room.frames:
+        u, v, z = stage0_data.project(points, frame.pose, room.depth_intrinsics)
+        wide, high, _ = stage0_data.project(points, frame.pose, before.depth_intrinsics)
+        front = z > 0.1
+        np.testing.assert_allclose((u[front] + 0.5) / 80, (wide[front] + 0.5) / 160, atol=1e-9)
+        np.testing.assert_allclose((v[front] + 0.5) / 60, (high[front] + 0.5) / 120, atol=1e-9)
+
+
+def test_manifest_says_what_was_scaled_and_why_a_scene_is_left_out(two, monkeypatch, tmp_path, capsys):
+    shrink(two / "scans" / "scene0033_00", "color", (162, 121))
+    cropped(two / "scans" / "scene0034_00")
+    manifest = make(monkeypatch, two, tmp_path / "out", *SMALL)
+    assert manifest["scaled_intrinsics"] == {"scene0033_00": {"color": {"from": [324, 242], "to": [162, 121], "scale": [0.5, 0.5]}}}
+    assert list(manifest["failed_rooms"]) == ["scene0034_00"] and "cropped" in manifest["failed_rooms"]["scene0034_00"]
+    assert "scaled the intrinsics of 1 rooms such as scene0033_00" in capsys.readouterr().err
 
 
 # -- what a picture shows --------------------------------------------------------------------------
@@ -438,13 +674,15 @@ def test_a_picture_without_depth_shows_nothing(short, labels):
     path = next((short / "depth").glob("20.png"))
     Image.fromarray(np.zeros((120, 160), np.uint16)).save(path)
     room = stage0_data.read_scannet(short, labels)
-    assert stage0_data.visible_boxes(room, room.frames[1]) == ({}, set()) and stage0_data.visible_boxes(room, room.frames[0])[0]
+    assert stage0_data.visible_boxes(room, room.frames[1]) == ({}, set())
+    assert room.skipped == {"frame with an empty depth picture": 1} and stage0_data.visible_boxes(room, room.frames[0])[0]
 
 
 def test_views_are_those_of_the_rules(scenes, root, labels):
     for scene in scenes:
         for data_type, wanted in expected_views(list(scene.truth.camera)).items():
-            assert {numbers_of(row) for row in scene.rows if row["data_type"] == data_type} <= set(wanted)
+            rows = [row for row in scene.rows if row["data_type"] == data_type and len(row["image"]) != 2]
+            assert {numbers_of(row) for row in rows} <= set(wanted)
             views = stage0_data.room_views(scene.room, random.Random(0))
             assert [tuple(f.number for f in v.frames) for v in views if v.data_type == data_type] == wanted
     short = stage0_data.read_scannet(root.path / "scans" / "scene0033_00", labels)
@@ -665,17 +903,60 @@ def test_perspective_of_another(scenes):
         assert len(rows) == len(wanted) and {asked_of(row) for row in rows} == wanted
 
 
+def test_depth_rows_ask_what_their_types_ask_alone(scenes):
+    for scene in scenes:
+        for kind in ("relative distance", "absolute distance", "object size"):
+            alone, deep = [], []
+            for row in scene.rows:
+                if row["question_type"] == kind and row["data_type"] == "single_image":
+                    alone.append((numbers_of(row), frozenset(asked_of(row)[-2:]) - {"closer"}, chosen(row)))
+                elif row["question_type"] == f"{kind} with depth":
+                    assert row["data_type"] == "multi_view" and row["image"][1] == row["image"][0].replace(".jpg", "_depth_5.png")
+                    deep.append((numbers_of(row), frozenset(asked_of(row)[-2:]) - {"closer"}, chosen(row)))
+            assert Counter(deep) == Counter(alone) and deep
+
+
+def test_object_in_a_crop(scenes):
+    """The part is the object's box; no wrong option is to be seen in it."""
+    count = 0
+    for truth, room_rows, number in ((s.truth, s.rows, number) for s in scenes for number in s.truth.camera):
+        made, boxes, found = truth.made, truth.sight(number)[0], {}
+        rounded = {i: [round(min(max(x, 0), limit)) for x, limit in zip(bounds, 2 * made.size)] for i, bounds in boxes.items()}
+        owner = cast(made.boxes, truth.camera[number], made.color, made.size)[1] if number % 80 == 0 else None
+        for row in room_rows:
+            if row["question_type"] != "object in a crop" or numbers_of(row) != (number,):
+                continue
+            (index,) = (i for i, box in enumerate(made.boxes) if [box.number] == row["asked"])
+            crop = re.fullmatch(rf"{made.name}/{number}_crop_(\d+)_(\d+)_(\d+)_(\d+).png", row["image"][1]).groups()
+            x1, y1, x2, y2 = crop = [int(part) for part in crop]
+            assert np.abs(np.array(crop) - rounded[index]).max() <= 1 and min(x2 - x1, y2 - y1) >= 40
+            assert row["data_type"] == "multi_view" and chosen(row) == truth.labels[index] and index not in found
+            wrong = set(words_of(row)) - {chosen(row)}
+            assert len(wrong) == len(words_of(row)) - 1 <= 3 and wrong <= set(truth.labels)
+            assert not any(label.endswith(f" {chosen(row)}") or chosen(row).endswith(f" {label}") for label in wrong)
+            if owner is not None:
+                shown = {truth.labels[i] for i in np.unique(owner[y1:y2, x1:x2]) if i >= 0}
+                assert chosen(row) in shown and not wrong & shown
+            found[index] = row
+        for index, (x1, y1, x2, y2) in rounded.items():
+            if min(x2 - x1, y2 - y1) > 40 and index not in found:  # then the part may show every label
+                near = {truth.labels[i] for i in truth.sight(number)[1]}
+                assert all(any(f" {a}".endswith(f" {b}") or f" {b}".endswith(f" {a}") for b in near) for a in truth.labels)
+        count += len(found)
+    assert count > 50
+
+
 def test_names_without_doubt_only(scenes):
     for scene in scenes:
         for row in scene.rows:
-            if row["question_type"] in ("object count", "appearance order"):
+            if row["question_type"] in ("object count", "appearance order", "object in a crop"):
                 continue
             objects = [o.label for o in scene.room.objects if o.number in row["asked"]]
             named = scene.truth.named(numbers_of(row))
             assert set(objects) <= set(named) and len(objects) == len(set(objects))
     # With "office chair" in the room, "chair" names nothing for sure in several pictures, and something where it stands alone.
     study_rows = scenes[1].rows
-    assert not any("the chair" in row["question"] for row in study_rows if row["data_type"] != "single_image")
+    assert not any("the chair" in row["question"] for row in study_rows if not of_one_frame(row))
     assert all(any(name in row["question"] for row in study_rows) for name in ("the chair", "the office chair"))
 
 
@@ -728,7 +1009,9 @@ def split_thought(text):
 
 def derived(row, rest):
     """The answer in words, from nothing but the numbers of a thought."""
-    kind = row["question_type"]
+    kind = row["question_type"].removesuffix(" with depth")
+    if kind == "object in a crop":
+        return re.match(r"second picture: (.+)$", rest)[1]
     if kind == "relative direction" and row["data_type"] == "single_image":
         side, right, along, ahead = re.match(SIDE, rest).groups()
         offset = complex(float(right) * (1 if side == "right" else -1), float(ahead) * (1 if along == "front" else -1))
@@ -775,12 +1058,12 @@ def test_thoughts_say_where_things_are(scenes):
             assert [label for label, *_ in places] == [objects[number].label for number in ordered_asked(scene, row, places)]
             for (_, *spot), number in zip(places, ordered_asked(scene, row, places)):
                 want = np.array(objects[number].centre)
-                if row["data_type"] == "single_image":
+                if of_one_frame(row):
                     camera = truth.camera[numbers_of(row)[0]]
                     step = complex(*(want - camera.place)[:2]) * cmath.exp(1j * (math.pi / 2 - camera.yaw))
                     want = np.array([step.real, step.imag, want[2] - camera.place[2]])
                 assert np.abs(want - spot).max() <= 0.05 + 1e-6
-            if row["data_type"] == "single_image" and (sides := re.findall(SIDE, rest)):
+            if of_one_frame(row) and (sides := re.findall(SIDE, rest)):
                 camera, named = truth.camera[numbers_of(row)[0]], truth.named(numbers_of(row))
                 *others, last = [label for label, *_ in places]
                 for label, (side, right, along, ahead) in zip(others, sides):
@@ -1014,17 +1297,19 @@ def settings_of(root, out, **others):
     return stage0_data.DataSettings(source="scannet", scannet=str(root), out=str(out), traces=1255, **others)
 
 
-def begin(settings, todo):
-    """What a run leaves that was stopped after some scenes."""
-    out = Path(settings.out)
-    assert jobs.prepare(out, {name: getattr(settings, name) for name in stage0_data.REAL_CONFIG}, settings)
-    return jobs.process_rooms(stage0_data.process_scan, todo, out, 1, "")
+def begin(settings, names):
+    """What a run leaves that was stopped after the scenes `names`: {name: result}."""
+    out, config = Path(settings.out), {name: getattr(settings, name) for name in stage0_data.REAL_CONFIG}
+    scenes = stage0_data.list_rooms(settings)
+    made_from = stage0_data.inputs_of(settings, config, scenes)
+    assert jobs.prepare(out, config, settings, jobs.fingerprint(made_from))
+    todo = [(name, made_from[name], (scenes[name], settings)) for name in names]
+    return dict(zip(names, jobs.process_rooms(stage0_data.process_scan, todo, out, 1, "")))
 
 
 def test_stopped_run_goes_on_to_the_same_bytes(done, root, monkeypatch, tmp_path):
     settings = settings_of(root.path, tmp_path)
-    scenes = stage0_data.list_rooms(settings)
-    begin(settings, [(name, (path, settings)) for name, path in list(scenes.items())[:2]])
+    begin(settings, ["scene0007_00", "scene0012_01"])
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["scene0007_00.json", "scene0012_01.json"]
     (tmp_path / "parts" / "scene0033_00.new").write_text('{"rows": [')  # it was stopped while it wrote this
     make(monkeypatch, root.path, tmp_path)
@@ -1035,24 +1320,115 @@ def test_stopped_run_goes_on_to_the_same_bytes(done, root, monkeypatch, tmp_path
 def test_half_copied_picture_is_copied_again(root, tmp_path):
     """A run may be stopped at any time, also while it copies a picture: what is there under its name is whole."""
     source, target = root.path / "scans" / "scene0012_01", tmp_path / "scene0012_01" / "20.jpg"
+    files = scannet.frame_files(source)
     with pytest.MonkeyPatch.context() as patch:
 
-        def stopped(_, path):
+        def stopped(_, path, **options):
             Path(path).write_bytes(b"half")
             raise KeyboardInterrupt
 
         patch.setattr(shutil, "copyfile", stopped)
         with pytest.raises(KeyboardInterrupt):
-            stage0_data.copy_picture(source, target)
-    stage0_data.copy_picture(source, target)
+            scannet.write_picture(target, *files)
+    scannet.write_picture(target, *files)
     assert target.read_bytes() == (source / "color" / "000020.jpg").read_bytes()
 
 
-def test_finished_scenes_are_not_made_again(small, monkeypatch, tmp_path):
-    settings = settings_of(small, tmp_path)
-    begin(settings, [])
-    (tmp_path / "parts" / "scene0012_01.json").write_text('{"failed": "made before"}')
-    assert make(monkeypatch, small, tmp_path)["failed_rooms"] == {"scene0012_01": "made before"}
+SMALL = ("--single_rows", 8, "--multi_rows", 4, "--video_rows", 4)
+
+
+def mark(out, names):
+    """Write "marked" into the parts of rooms, so that it is seen later whether they were used."""
+    for name in names:
+        path = Path(out) / "parts" / f"{name}.json"
+        part = json.loads(path.read_text())
+        part["result"]["skipped"] = {"marked": 1}
+        path.write_text(json.dumps(part))
+
+
+@pytest.fixture
+def two(root, tmp_path):
+    """A ScanNet folder of two short scenes that may be changed."""
+    write_table(tmp_path)
+    copy_scene(root.path / "scans" / "scene0033_00", tmp_path / "scans" / "scene0033_00")
+    copy_scene(root.path / "scans" / "scene0033_00", tmp_path / "scans" / "scene0034_00")
+    return tmp_path
+
+
+def test_finished_scenes_are_made_again_only_if_what_they_are_made_from_changed(two, monkeypatch, tmp_path):
+    names, settings = ["scene0033_00", "scene0034_00"], settings_of(two, tmp_path / "out")
+
+    def kept(change):
+        """The rooms whose inputs are the same after a change."""
+        config = {"seed": 1}
+        before = stage0_data.inputs_of(settings, config, stage0_data.list_rooms(settings))
+        change(config)
+        after = stage0_data.inputs_of(settings, config, stage0_data.list_rooms(settings))
+        return [name for name in names if before[name] == after[name]]
+
+    depth, table, code = two / "scans" / names[0] / "depth" / "0.png", two / scannet.LABELS, tmp_path / "other.py"
+    code.write_text("other code")
+    assert kept(lambda _: None) == names
+    assert kept(lambda _: depth.touch()) == names[1:]
+    assert kept(lambda _: depth.rename(depth.with_stem("7"))) == names[1:]
+    assert kept(lambda _: (two / "scans" / names[1] / "scene0034_00.txt").write_text("sceneType = Attic\n")) == names[:1]
+    assert kept(lambda config: config.update(seed=2)) == []
+    assert kept(lambda _: table.write_text(table.read_text() + "9\tnew\tnew\t1\t5\tchair\n")) == []
+    assert kept(lambda _: monkeypatch.setattr(stage0_data, "__file__", str(code))) == []
+    assert kept(lambda _: monkeypatch.setattr(scannet, "__file__", str(code))) == []
+
+    begin(settings, names)
+    mark(settings.out, names)
+    (two / "scans" / names[0] / "color" / "000020.jpg").touch()
+    assert [part["skipped"] == {"marked": 1} for part in begin(settings, names).values()] == [False, True]
+
+
+def test_failed_scenes_are_tried_again(two, monkeypatch, tmp_path):
+    names, out = ["scene0033_00", "scene0034_00"], tmp_path / "out"
+    settings, tries = settings_of(two, out), []
+    read = stage0_data.read_scannet
+
+    def once(folder, labels):
+        if folder.name == names[0] and not (tmp_path / "tried").exists():
+            (tmp_path / "tried").touch()
+            raise OSError("the disk was away")
+        return read(folder, labels)
+
+    monkeypatch.setattr(stage0_data, "read_scannet", once)
+    for _ in range(2):
+        made = begin(settings, names)
+        tries.append([name for name in names if "failed" in made[name]])
+        if not tries[1:]:
+            mark(out, names[1:])
+    assert tries == [names[:1], []] and made[names[1]]["skipped"] == {"marked": 1}
+
+
+def test_pictures_are_copied_again_if_the_scan_has_others_now(two, monkeypatch, tmp_path):
+    out = tmp_path / "out"
+    make(monkeypatch, two, out, *SMALL)
+    manifest = out / "manifest.json"
+    manifest.unlink()  # as if it had been stopped before its end
+    for name in ("scene0033_00", "scene0034_00"):
+        shrink(two / "scans" / name, "color", (162, 121))
+    facts = make(monkeypatch, two, out, *SMALL)
+    assert {room: how["color"]["to"] for room, how in facts["scaled_intrinsics"].items()} == {
+        "scene0033_00": [162, 121], "scene0034_00": [162, 121],
+    }  # fmt: skip
+    assert {Image.open(out / "images" / name).size for row in rows_in(out) for name in row["image"]} == {(162, 121)}
+
+
+def test_complete_data_from_other_files_is_kept_with_a_note(two, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "out"
+    make(monkeypatch, two, out, *SMALL)
+    before = bytes_of(out)
+    for changed in (False, True):
+        if changed:
+            next((two / "scans" / "scene0033_00" / "pose").iterdir()).touch()
+        capsys.readouterr()
+        make(monkeypatch, two, out, *SMALL)
+        words = capsys.readouterr().err
+        assert f"found complete data in {out}" in words and ("have changed since" in words) == changed
+    assert bytes_of(out) == before
 
 
 def test_other_settings_are_refused(done, root, monkeypatch, tmp_path, capsys):
@@ -1063,8 +1439,7 @@ def test_other_settings_are_refused(done, root, monkeypatch, tmp_path, capsys):
             make(monkeypatch, root.path, "mine", f"--{name}", value)
     with pytest.raises(SystemExit, match="--extra"):
         make(monkeypatch, root.path, "mine", "--extra")
-    settings = settings_of(root.path, tmp_path)
-    begin(settings, [])
+    begin(settings_of(root.path, tmp_path), [])
     with pytest.raises(SystemExit, match="--seed"):
         make(monkeypatch, root.path, tmp_path, "--seed", 9)
     make(monkeypatch, root.path, "mine")  # the same: nothing to do
@@ -1115,10 +1490,30 @@ def test_folders_that_are_no_scenes_are_passed_over(root, monkeypatch, tmp_path)
 
 
 def test_extra_types_are_asked_when_wanted(small, done, monkeypatch, tmp_path):
-    assert not {row["question_type"] for row in rows_in(done)} & {"perspective taking", "view change"}
+    extra = {kind for kind, question in stage0_data.GENERATORS.items() if question.extra}
+    assert len(extra) == 6 and not {row["question_type"] for row in rows_in(done)} & extra
     manifest = make(monkeypatch, small, tmp_path, "--extra", "--per_room", 200)
     assert manifest["by_kind"]["single_image: perspective taking"] > 0 and manifest["by_kind"]["multi_view: view change"] > 3
+    assert all(manifest["by_kind"][f"multi_view: {kind}"] > 1 for kind in extra if kind != "perspective taking")
     assert len(common.read_examples(tmp_path, "spatial")) == manifest["counts"]["spatial"]
+    assert any(name.startswith("multi_view: object in a crop: ") for name in manifest["rejected"])
+    pairs = [row["image"] for row in rows_in(tmp_path) if len(row["image"]) == 2]
+    assert not any(len(row["image"]) == 2 for row in rows_in(tmp_path, "locate")) and len(pairs) > 8
+    for first, second in pairs:
+        scene, stem = Path(second).parent.name, Path(second).stem.split("_")
+        pixels = np.asarray(Image.open(tmp_path / "images" / second)).astype(int)
+        if stem[1] == "crop":
+            part = Image.open(tmp_path / "images" / first).crop([int(part) for part in stem[2:]])
+            assert np.array_equal(np.asarray(part), pixels)
+        else:
+            metres = np.asarray(Image.open(small / "scans" / scene / "depth" / f"{stem[0]}.png")) / 1000
+            assert (pixels[metres == 0] == 0).all() and (pixels[metres >= 5] == [250, 230, 30]).all() and (metres == 0).any()
+            middle = np.abs(metres - 2.5) < 0.01
+            assert np.abs(pixels[middle] - [30, 150, 140]).max() <= 1 if middle.any() else True
+            light = pixels[metres > 0].sum(-1)[np.argsort(metres[metres > 0])]
+            assert (np.diff(light) >= -2).all()  # farther is lighter
+    page = read_page((tmp_path / "gallery.html").read_text(encoding="utf-8"))
+    assert sum(article.pictures == 2 for article in page.articles) == 8
 
 
 # -- the gallery -----------------------------------------------------------------------------------
@@ -1203,6 +1598,7 @@ def test_gallery_shows_rows_with_their_boxes(done, root):
 def test_gallery_escapes_everything(scenes, tmp_path):
     scene = scenes[1]
     evil = [row for row in scene.rows if "<script>" in row["question"] or 'a"b&c' in row["question"]]
+    evil = [row for row in evil if not row["question"].startswith("The second picture")]  # it would have to be written
     kinds = {(row["data_type"], row["question_type"]): row for row in evil}
     rows = list(kinds.values())
     assert len(rows) >= 8
@@ -1378,4 +1774,4 @@ def test_directions_between_real_boxes(boxes):
 
 
 def test_benchmark_scenes_count_as_validation(boxes):
-    assert all(int(name[5:9]) in stage0_data.VALIDATION for name in boxes[1])
+    assert all(int(name[5:9]) in scannet.VALIDATION for name in boxes[1])

@@ -60,7 +60,10 @@ def test_extract_answer_is_the_last_block_that_the_definition_finds():
     "text",
     ["B", "b", "(B)", "(b)", "B.", "B)", "B:", "B. right", "b. RIGHT", "(B) right", "B right", "B. right.", "right",
      "Right.", "The answer is B", "the answer is (B).", "The correct answer is B. right", "Answer: B",
-     "The correct option is B", " B\n"],
+     "The correct option is B", " B\n", "The answer is: B", "Answer:B", "The final answer is $\\boxed{B}$.", "My choice: b",
+     "**B**", "**B. right**", "**B**. right", "**Answer:** B", "*B*", "`B`", "The answer is: **(B) right**.", "\\boxed{B}",
+     "\\boxed{right}", "\\boxed{\\text{B}}", "\\[\\boxed{\\text{B. right}}\\]", "$\\boxed{\\textbf{(B)}}$", "\\(B\\)",
+     "B.\n right"],
 )  # fmt: skip
 def test_parse_choice_reads_one_option(text):
     assert common.parse_choice(text, SIDES) == "B"
@@ -70,7 +73,9 @@ def test_parse_choice_reads_one_option(text):
     "text",
     ["", " ", ".", "()", "A or B", "A, B", "AB", "A B", "A. left B. right", "B. left", "(B) left", "left right", "E",
      "1", "Cannot determine", "None of the above", "not B", "B?A", "The answer is", "The answer is A or B", "rightmost",
-     "<answer>B", "A. left, B. right, C. front, D. back", "lef"],
+     "<answer>B", "A. left, B. right, C. front, D. back", "lef", "\\boxed{A}\\boxed{B}", "\\boxed{A} or \\boxed{B}",
+     "**A** **B**", "**A** or **B**", "$A$$B$", "`A` `B`", "The answer is A. The answer is B", "Answer: A Answer: B", "\\boxed{}",
+     "\\boxed{B", "**", "The answer is not B", "The answer is:", "either A", "so \\boxed{B}"],
 )  # fmt: skip
 def test_parse_choice_refuses_no_option_or_several(text):
     assert common.parse_choice(text, SIDES) is None
@@ -83,7 +88,15 @@ def test_parse_choice_knows_only_the_options_of_its_question():
     assert common.parse_choice("left", ["A. left", "B. left"]) is None  # names both
 
 
-@pytest.mark.parametrize("piece", ["B", "B ", "(", "the answer is ", "right ", "B. right\n", " ", "\n"])
+def test_parse_choice_knows_the_words_of_an_option_as_they_are_written():
+    """Decoration is removed from both sides: words of an option are no decoration."""
+    options = ["A. Option 1", "B. It is **left**.", "C. $2$", "D. a_b *", "E. the\nrest"]
+    for option in options:
+        assert common.parse_choice(option, options) == common.parse_choice(option[3:], options) == option[0]
+
+
+@pytest.mark.parametrize("piece", ["B", "B ", "(", "the answer is ", "right ", "B. right\n", " ", "\n", "\\boxed{", "**", "$",
+                                   "\\text{"])
 def test_parse_choice_refuses_a_very_long_text(piece):
     assert common.parse_choice(piece * (10_000 // len(piece)), SIDES) is None
 
@@ -95,7 +108,11 @@ def test_parse_choice_refuses_a_very_long_text(piece):
         ("1,234,567.5", 1234567.5), ("1200", 1200), ("007", 7), ("2.50", 2.5), (" 2.5\n", 2.5), ("2.5.", 2.5),
         ("3.", 3), ("two", 2), ("Twelve", 12), ("zero", 0), ("two.", 2), ("2.5 m", 2.5), ("2.5m", 2.5), ("116 cm", 116),
         ("2.5 meters", 2.5), ("2.5 Meters.", 2.5), ("about 2.5 meters", 2.5), ("approximately 15", 15),
-        ("15.2 square meters", 15.2), ("15.2 m\u00b2", 15.2), ("15 m2", 15),
+        ("15.2 square meters", 15.2), ("15.2 m\u00b2", 15.2), ("15 m2", 15), ("2.5 m^2", 2.5), ("15.2 sq m.", 15.2),
+        ("The answer is: 2.5 m", 2.5), ("Answer: 4", 4), ("**4**", 4), ("**4** chairs", 4), ("\\boxed{2.5}", 2.5), ("$2.5$", 2.5),
+        ("\\boxed{2.5\\text{ m}}", 2.5), ("\\boxed{2.5\\,\\mathrm{m}^{2}}", 2.5), ("`4`", 4), ("4 chairs", 4), ("20 chairs", 20),
+        ("3 office chairs.", 3), ("4 chair(s)", 4), ("four chairs", 4), ("twenty one chairs", 21), ("about two", 2),
+        ("~2.5 m", 2.5), ("2.5e0", 2.5), ("1e3", 1000), ("-1.5E-1", -0.15), ("2.5 cm", 2.5), ("2.5 meters long", 2.5),
     ],
 )  # fmt: skip
 def test_parse_number_reads_one_number(text, number):
@@ -105,8 +122,13 @@ def test_parse_number_reads_one_number(text, number):
 @pytest.mark.parametrize(
     "text",
     ["", " ", ".", "-", ",", "2 or 3", "2, 3", "2-3", "2 3", "1 2.5", "2 to 3 meters", "2.5.1", "1,20", "12,34",
-     "1,2003", "nan", "NaN", "inf", "-inf", "Infinity", "1e400", "1e3", "A. 20", "20 chairs", "2x", "twenty-one of 3",
-     "two or three", "None", "[2]", "--3", "9" * 400, "1" * 10_000 + "x", "two " * 2_500, "<answer>2"],
+     "1,2003", "nan", "NaN", "inf", "-inf", "Infinity", "1e400", "A. 20", "2x", "twenty-one of 3",
+     "two or three", "None", "[2]", "--3", "9" * 400, "1" * 10_000 + "x", "two " * 2_500, "<answer>2",
+     "4 chairs or 5", "4 chairs or five", "between 2 and 3", "4 chairs, 5", "4 chairs and 2 tables", "four five", "4 to five",
+     "**2** **3**", "**2** or **3**", "5**6", "\\boxed{2}\\boxed{3}", "$2$3", "2\\,3", "2/3", "4 (or 5)", "4 +/- 1", "1. 2",
+     "2 m 50 cm", "2 m 3", "4 dozen", "4 hundred chairs", "one hundred", "two thirds", "2 point five", "8 feet", "20 mm", "5'",
+     "5%", "4 not", "a chair", "no chairs", "2e", "4 x", "1e999", "4 of the red chairs", "4" + " " * 10_000 + "!",
+     "4 " + "m " * 10_000],
     ids=lambda text: text[:20],
 )  # fmt: skip
 def test_parse_number_refuses_none_several_and_endless(text):
@@ -127,6 +149,12 @@ def test_parse_boxes_reads_both_orders_of_the_keys():
     assert common.parse_boxes("[]") == []
 
 
+@pytest.mark.parametrize("fence", ["```json\n{}\n```", "```\n{}```", " ```json {} ```\n", "```json\r\n{}\r\n```"])
+def test_parse_boxes_reads_a_fenced_list(fence):
+    text = '[{"bbox_2d": [1, 2, 3, 4], "label": "a ``b"}]'
+    assert common.parse_boxes(fence.replace("{}", text)) == [{"bbox_2d": [1, 2, 3, 4], "label": "a ``b"}]
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "null", "3", "{}", "[1]", "[null]", "[[1,2,3,4]]", '{"bbox_2d":[1,2,3,4],"label":"a"}',
@@ -135,7 +163,8 @@ def test_parse_boxes_reads_both_orders_of_the_keys():
      '[{"bbox_2d":[1,2,1,4],"label":"a"}]', '[{"bbox_2d":["1","2","3","4"],"label":"a"}]',
      '[{"bbox_2d":[1,2,3,NaN],"label":"a"}]', '[{"bbox_2d":[1,2,3,Infinity],"label":"a"}]',
      '[{"bbox_2d":[1,2,3,1e999],"label":"a"}]', '[{"bbox_2d":[1,2,3,4],"label":"a"}] and more',
-     '[{"bbox_2d":[1,2,3,4],"label":"a"}', "[" * 100_000], ids=lambda text: text[:44],
+     '[{"bbox_2d":[1,2,3,4],"label":"a"}', "[" * 100_000, "```", "``````", '```json\n[{"bbox_2d":[1,2,3,4],"label":"a"}]',
+     '```json\n[]\n```\n```json\n[]\n```', "`" * 10_000], ids=lambda text: text[:44],
 )  # fmt: skip
 def test_parse_boxes_refuses_everything_else(text):
     assert common.parse_boxes(text) is None
@@ -263,10 +292,14 @@ MIXED = [  # text, example, score, legal: by hand
     ("2.0 m", example("absolute distance", "2.0"), 1.0, True),
     ("four", example("object count", "4"), 1.0, True),
     ("4 or 5", example("object count", "4"), 0.0, False),
+    (think("**4 chairs**"), example("object count", "4"), 1.0, True),
+    (think("The answer is: \\boxed{B}"), example("relative direction", "B", SIDES), 1.0, True),
+    (think("2.5 m^2"), example("room size", "2.5"), 1.0, True),
     (think("1e400"), example("room size", "15.2"), 0.0, False),
     (BOTH, example("locate", [CHAIR, BED]), 1.0, True),
     (BOTH, example("locate", [CHAIR]), 0.5, True),  # a box too many halves the score
     (HALF, example("locate", [CHAIR]), 0.5, True),
+    (f"```json\n{HALF}\n```", example("locate", [CHAIR]), 0.5, True),
     (HALF, example("locate", [CHAIR, BED]), 0.25, True),
     (HALF, example("locate", [BED]), 0.0, True),
     ("[]", example("locate", [BED]), 0.0, True),
@@ -322,7 +355,8 @@ def test_scores_of_a_shuffled_batch_equal_a_loop_over_its_items():
     "text",
              ["", " ", None, "<answer></answer>", think(""), think(" "), think("A, B, C, D"), think("None"),
               think("0123456789"), think("A. left B. right C. front D. back"), "<answer>B", "A" * 10_000,
-              think("left right front back")],
+              think("left right front back"), think("3 chairs or 15.2"), think("\\boxed{A}\\boxed{B}\\boxed{C}\\boxed{D}"),
+              think("\\boxed{3}\\boxed{15.2}"), "```json\n```", "The answer is:"],
     ids=lambda text: str(text)[:50],
 )  # fmt: skip
 def test_saying_nothing_or_everything_earns_nothing(text):

@@ -10,7 +10,7 @@ from PIL import Image
 from plyfile import PlyData
 
 import stage0_data
-from support import toy_world
+from support import scannet, toy_world
 
 STEP = 0.002  # metres of depth between two samples of a marched ray
 
@@ -27,7 +27,7 @@ def written(room, folder, seed=0):
     """The room after its way through the disk: write_room, then read_scannet."""
     toy_world.write_labels(folder / "labels.tsv")
     toy_world.write_room(room, folder / "scene0000_00", random.Random(seed))
-    return stage0_data.read_scannet(folder / "scene0000_00", stage0_data.read_labels(folder / "labels.tsv"))
+    return stage0_data.read_scannet(folder / "scene0000_00", scannet.read_labels(folder / "labels.tsv"))
 
 
 def inside(thing, points, grow=0.0):
@@ -160,7 +160,7 @@ def test_a_point_behind_the_camera_has_no_pixel_and_no_box(tmp_path):
 
 def test_boxes_of_unhidden_solids_are_the_bounds_of_their_masks(tmp_path):
     toy_world.write_labels(tmp_path / "labels.tsv")
-    labels, gaps = stage0_data.read_labels(tmp_path / "labels.tsv"), []
+    labels, gaps = scannet.read_labels(tmp_path / "labels.tsv"), []
     for seed in range(30):
         rng = random.Random(f"boxes {seed}")
         room = toy_world.make_room(rng)
@@ -238,7 +238,7 @@ def test_frames_without_a_finite_pose_and_structural_labels_are_skipped(tmp_path
     groups = json.loads((folder / "scene0000_00.aggregation.json").read_text())
     groups["segGroups"].append({"objectId": 7, "segments": [1], "label": "no such label"})
     (folder / "scene0000_00.aggregation.json").write_text(json.dumps(groups))
-    read = stage0_data.read_scannet(folder, stage0_data.read_labels(tmp_path / "labels.tsv"))
+    read = stage0_data.read_scannet(folder, scannet.read_labels(tmp_path / "labels.tsv"))
     assert [frame.number for frame in read.frames] == [0]
     assert [thing.label for thing in read.objects] == ["red cube"]
 
@@ -248,7 +248,7 @@ def test_a_missing_scan_file_is_named(tmp_path):
     folder = tmp_path / "scene0000_00"
     (folder / "scene0000_00.aggregation.json").unlink()
     with pytest.raises(SystemExit, match="aggregation.json is missing"):
-        stage0_data.read_scannet(folder, stage0_data.read_labels(tmp_path / "labels.tsv"))
+        stage0_data.read_scannet(folder, scannet.read_labels(tmp_path / "labels.tsv"))
 
 
 def test_depth_pictures_hold_millimetres(tmp_path):
