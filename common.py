@@ -520,15 +520,13 @@ def load_backbone(path, load="bf16", min_pixels=None, max_pixels=None, device="c
     else:
         model.to(device)
     embed_patches_by_matrix(model)
-    processor.size = {
-        "shortest_edge": min_pixels or processor.size["shortest_edge"],
-        "longest_edge": max_pixels or processor.size["longest_edge"],
-    }
+    for edge, pixels in (("shortest_edge", min_pixels), ("longest_edge", max_pixels)):
+        processor.size[edge] = pixels or processor.size[edge]
     stop = [tokenizer.convert_tokens_to_ids(token) for token in (STOP, "<|endoftext|>")]
     return SimpleNamespace(
         model=model.eval(), tokenizer=tokenizer, processor=processor, path=str(path), device=torch.device(device), frames=16,
-        stop=stop, forbidden=forbidden_tokens(tokenizer, model, stop).to(device), seconds_per_grid=1.0,
-        cuda_graph=True, merge_decoding=True,
+        stop=stop, forbidden=forbidden_tokens(tokenizer, model, stop).to(device), seconds_per_grid=1.0, cuda_graph=True,
+        merge_decoding=True,
     )  # fmt: skip
 
 
@@ -572,9 +570,10 @@ def unwrap(model):
 
 
 def adapt(backbone, settings):
-    """Make the backbone trainable, in place: see `tune`, `lora_rank`, `lora_alpha`, `train_vision` and `checkpointing` of
-    TrainSettings. A vision tower that is not trained stays frozen and runs under no_grad, storing nothing."""
-    model = backbone.model
+    """Make the backbone trainable, in place: see `tune`, `lora_rank`, `lora_alpha`, `train_vision`, `checkpointing`,
+    `seconds_per_grid` and `cuda_graph` of TrainSettings. A vision tower that is not trained stays frozen and runs under
+    no_grad, storing nothing."""
+    model, backbone.seconds_per_grid, backbone.cuda_graph = backbone.model, settings.seconds_per_grid, settings.cuda_graph
     if settings.tune == "lora":
         torch.manual_seed(settings.seed)  # every process must draw the same adapter
         model = backbone.model = get_peft_model(model, LoraConfig(

@@ -381,7 +381,7 @@ def score_benchmarks(settings):
     header = {name: getattr(settings, name) for name in HEADER} | {"prompts": common.INSTRUCTIONS, "decoding": "greedy"}
     header |= {"revision": fingerprint(settings.model), "processes": runs.world_size()}
     backbone = common.load_backbone(settings.model, settings.load, *pixels, runs.device())
-    backbone.seconds_per_grid = settings.seconds_per_grid
+    backbone.seconds_per_grid, backbone.cuda_graph = settings.seconds_per_grid, settings.cuda_graph
     backbone.frames = settings.frames
     asked = [item for items, _ in selected.values() for item in items]
     done, keys = open_predictions(folder, header, settings.resume, asked), []

@@ -124,7 +124,6 @@ def work(settings):
         return
     run = runs.Run(settings, {"loss": ["loss"], "held-out scores": ["direct", "work", "iou"], "gradient norm": ["grad_norm"]})
     backbone = common.load_backbone(settings.model, settings.load, settings.min_pixels, settings.max_pixels, runs.device())
-    backbone.seconds_per_grid = settings.seconds_per_grid
     kinds = ["spatial"] + ["worked"] * (settings.worked > 0) + ["locate"] * (settings.replay > 0)
     scenes = mix(runs.training_scenes(settings, kinds, backbone.processor), settings)
     questions = runs.held_out_scenes(settings, ["spatial"], backbone.processor)

@@ -170,12 +170,12 @@ def cold_start(settings):
         train_batch=settings.cold_train_batch, eval_every=settings.cold_eval_every,
         resume="never" if settings.resume == "never" else "auto",
     )  # fmt: skip
-    names = ["preset", "model", "data", "seed", "load", "min_pixels", "max_pixels", "branches", "warmup", "clip", "eval_scenes"]
+    names = ["preset", "model", "data", "seed", "load", "min_pixels", "max_pixels", "branches", "warmup", "clip", "eval_scenes",
+             "seconds_per_grid"]  # fmt: skip
     names += ["lora_rank", "lora_alpha"] * (cold.tune == "lora") + [name for name in vars(cold) if name.startswith("cold_")]
     if not runs.is_finished(cold, names):
         run = runs.Run(cold, {"loss": ["loss"], "sampled, training scenes": ["format", "accuracy_given_format"]})
         backbone = common.load_backbone(cold.model, cold.load, cold.min_pixels, cold.max_pixels, runs.device())
-        backbone.seconds_per_grid = cold.seconds_per_grid
         packs = cold_packs(cold, backbone)
         probe = common.batch_at(runs.training_scenes(cold, ["spatial"], backbone.processor), 0, 64, 1)
         common.adapt(backbone, cold)
@@ -403,7 +403,6 @@ def work(settings):
         "held-out scores": ["think", "iou"], "policy": ["kl", "entropy"],
     }, {"cold start": runs.model_files(model)})  # fmt: skip
     backbone = common.load_backbone(model, settings.load, settings.min_pixels, settings.max_pixels, runs.device())
-    backbone.seconds_per_grid = settings.seconds_per_grid
     kinds = ["spatial"] + ["locate"] * (settings.locate > 0)
     prompts = [(scene, e) for scene in runs.training_scenes(settings, kinds, backbone.processor) for e in scene.examples]
     questions = runs.held_out_scenes(settings, ["spatial"], backbone.processor)

@@ -60,8 +60,7 @@ def memory_budget(backbone, settings, prefixes, branches, learnt, cached):
     """Bytes that training needs at its largest: ({part: bytes}, peak). Not all parts exist at the same time.
 
     prefixes, branches: token counts of the largest micro-batch, as in common.pack_layout; learnt: its completion tokens, whose
-    logits are computed. cached: tokens whose keys and values are stored while answers are generated. merged: the copy of
-    common.merged_layers; where there is no room for it, backbone.merge_decoding is switched off (see check_memory).
+    logits are computed. cached: tokens whose keys and values are stored while answers are generated.
     Not counted: the vision tower's activations (frozen: they are freed before) and features that are kept.
     """
     model = common.unwrap(backbone.model)
@@ -79,6 +78,7 @@ def memory_budget(backbone, settings, prefixes, branches, learnt, cached):
         # Gradients, AdamW's two averages (Muon has one), and a float32 copy if the weights are bf16; see make_optimizers.
         "optimizer": sum(p.numel() * (p.element_size() + 8 + 4 * (p.element_size() < 4)) for p in trained),
         "cache": cached * 2 * layers * heads * number,
+        # The copy of common.merged_layers; check_memory does without it where there is no room.
         "merged": sum(m.in_features * m.out_features for m in adapted) * number * backbone.merge_decoding,
         "activations": stored + inner,
         "logits": min(learnt, common.LOGITS_AT_ONCE) * text.vocab_size * 3 * 4,  # three float32 tensors
@@ -122,7 +122,7 @@ def check_memory(backbone, settings, lengths, new_tokens, rollout=0):
         sum(text for _, pairs in largest for _, text in pairs), max(scoring, rollout),
     )  # fmt: skip
     (parts, peak), available = memory_budget(*budget), device_memory(backbone.device)
-    if peak > available and parts.get("merged"):
+    if peak > available and parts["merged"]:
         print0("no room for a merged copy of the adapted layers: decoding goes on without it, slower")
         backbone.merge_decoding = False
         parts, peak = memory_budget(*budget)

@@ -156,6 +156,7 @@ class Settings:
     max_steps: int = setting(0, "stop after this many optimiser steps (0: no limit); the schedule stays as planned")
     resume: str = setting("auto", "auto: resume this run if it was stopped; never: start again", ("auto", "never"))
     seconds_per_grid: float = setting(1.0, "videos: seconds between two pairs of frames, for their positions (Qwen's code: 1)")
+    cuda_graph: bool = setting(True, "on a GPU: capture the decoding step as a CUDA graph")
     processes: int = setting(2, "processes that share the work on a CPU; on GPUs use torchrun")
 
 
@@ -478,14 +479,15 @@ def held_out_rooms(settings):
     data, rooms, real = Path(settings.data), set(), lru_cache(None)(os.path.realpath)
     if not settings.eval_scenes:
         return rooms
-    data = data / "heldout" if (data / "heldout").is_dir() else data
+    has_folder = (data / "heldout").is_dir()
+    data = data / "heldout" if has_folder else data
     for name in common.FILES.values():
         path = data / name
         for row in common.read_jsonl(path) if path.is_file() and path.stat().st_size else []:
             for image in [row["image"]] if isinstance(row.get("image"), str) else row.get("image") or []:
                 picture = data / "images" / str(image)
                 rooms.add(room_of(Path(real(picture.parent)) / picture.name))
-    count = len(rooms) if data.name == "heldout" else max(1, round(HELD_OUT * len(rooms))) if len(rooms) > 1 else 0
+    count = len(rooms) if has_folder else max(1, round(HELD_OUT * len(rooms))) if len(rooms) > 1 else 0
     return set(random.Random(0).sample(sorted(rooms), count))
 
 
@@ -495,7 +497,7 @@ def training_scenes(settings, kinds, processor):
     scenes = common.load_scenes(settings.data, kinds, processor)
     kept = [scene for scene in scenes if not rooms & {room_of(path) for path in scene.images}]
     if rooms:
-        print0(f"{len(kept)} training scenes; {len(scenes) - len(kept)} left out; held out are {len(rooms)} rooms")
+        print0(f"{len(kept)} training scenes; left out: {len(scenes) - len(kept)} scenes of {len(rooms)} held-out rooms")
     return kept
 
 
@@ -562,7 +564,7 @@ def generate_answers(backbone, scenes, mode, max_new_tokens, temperature=0.0, ev
 # 5. Runs
 # ------------------------------------------------------------------------------------------------
 
-FREE = ("out", "max_steps", "resume", "processes", "track", "digests")  # settings that may change when a run is resumed
+FREE = ("out", "max_steps", "resume", "processes", "track", "cuda_graph", "digests")  # may change when a run is resumed
 MOST_SKIPPED = 5  # steps in a row without a finite gradient that end the run
 
 

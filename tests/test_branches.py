@@ -5,12 +5,12 @@ with eager attention: none of the packing, masks, positions or caches of common.
 """
 
 import contextlib
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import common
+from support import runs
 
 COMPLETIONS = [
     "B",
@@ -550,7 +550,7 @@ def test_row_logprobs_equal_the_models_own(backbone, scenes):
 def test_the_sampler_with_merged_layers_stays_near_the_scorer(tiny_model, scenes, monkeypatch, load, mean, most):
     """In float32 equal; in bf16 as far apart as rounding the weights brings them (in nats a token)."""
     backbone = common.load_backbone(tiny_model, load)
-    common.adapt(backbone, SimpleNamespace(tune="lora", seed=0, lora_rank=8, lora_alpha=16, checkpointing=False))
+    common.adapt(backbone, runs.TrainSettings(lora_rank=8, lora_alpha=16))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in backbone.model.named_parameters():
         if "lora_B" in name:

@@ -166,7 +166,7 @@ def test_the_length_of_a_scene_is_known_without_its_pixels(folder, tmp_path, kin
     [("weights", "--load 4bit"), ("optimizer", "--lora_rank"), ("cache", "--eval_batch"), ("activations", "--micro_batch")],
 )
 def test_what_does_not_fit_is_refused_with_the_setting_to_lower(backbone, monkeypatch, capsys, most, named):
-    parts = {name: 5e9 if name == most else 2e9 for name in memory.LOWER}
+    parts = {name: 5e9 if name == most else 2e9 for name in memory.LOWER} | {"merged": 0.0}
     monkeypatch.setattr(memory, "memory_budget", lambda *_: (parts, sum(parts.values())))
     monkeypatch.setattr(memory, "device_memory", lambda device: 11.5e9)
     memory.check_memory(backbone, settings_of(), [(9, [(1, 1)])], 1)

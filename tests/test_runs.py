@@ -184,7 +184,7 @@ def test_no_room_is_trained_on_and_scored(backbone, ladder_data, tmp_path, seed,
         trained = rooms_of(runs.training_scenes(settings, kinds, backbone.processor))
         assert not {scan[:9] for scan in trained} & {scan[:9] for scan in held_out[0]}
         assert trained | held_out[0] == set(scans)
-    text = f"{60 - len(held_out[0])} training scenes; {len(held_out[0])} left out; held out are 1 rooms"
+    text = f"{60 - len(held_out[0])} training scenes; left out: {len(held_out[0])} scenes of 1 held-out rooms"
     assert text in capsys.readouterr().err
 
 
@@ -230,6 +230,14 @@ def test_what_any_stage_scores_is_in_no_pack_of_any_stage(tiny_model, ladder_dat
         module.work(cls(**same, **more, seed=seed, out=str(tmp_path / f"run{seed}" / "stage")))
     assert len(learnt) > 6 and scored and not {scan[:9] for scan in learnt} & {scan[:9] for scan in scored}
     assert not folder or scored == {"scene0003_00", "scene0100_00"}
+
+
+def test_a_data_folder_may_be_called_heldout(backbone, ladder_data, tmp_path):
+    (tmp_path / "heldout").mkdir()
+    split_data(tmp_path / "heldout", ladder_data, [f"scene{n:04d}_00" for n in range(9)])
+    settings = make_settings(tmp_path, data=str(tmp_path / "heldout"))
+    assert len(runs.held_out_rooms(settings)) == 1
+    assert len(rooms_of(runs.training_scenes(settings, ["spatial"], backbone.processor))) == 8
 
 
 def test_with_eval_scenes_0_all_is_trained_on_and_nothing_scored(backbone, ladder_data, tmp_path):
