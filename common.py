@@ -3,7 +3,7 @@
 1 examples   rows of JSON lines -> Example -> Scene: some pictures and the questions about them
 2 prompts    the text of a conversation, and the answer that the model learns to write
 3 pictures   files -> patches for the vision tower; boxes in original and in resized pixels
-4 backbone   load, adapt (LoRA or all weights), merge and save a Qwen2.5-VL
+4 backbone   load and adapt (LoRA or all weights) a Qwen2-VL, Qwen2.5-VL or Qwen3-VL; what differs between them
 5 branches   encode a scene once, branch its questions: branch_logprobs and branch_generate
 6 scoring    text -> answer -> score in [0, 1]: the reward in stage 3 and the metric in eval.py
 
@@ -12,6 +12,7 @@ tokens, C completion tokens, T tokens of a packed row, V vocabulary.
 """
 
 import contextlib
+import importlib.util
 import json
 import logging
 import math
@@ -45,7 +46,9 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
+    Qwen3VLForConditionalGeneration,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -80,6 +83,9 @@ TEXT_FIELDS = {  # the fields with text that a row of each file must have; all r
     "coldstart": ("prompt", "solution"),
     "worked": ("prompt", "solution"),
 }
+SPECIAL = re.compile(r"<\|[^\s<>|]+\|>")  # a special token of a tokenizer
+TYPES = ("relative direction", "relative distance", "appearance order", "absolute distance", "object size", "object count",
+         "room size")  # fmt: skip
 
 
 @dataclass
@@ -91,9 +97,10 @@ class Example:
     data_type: str  # one of DATA_TYPES
     question_type: str  # such as "object size"; or "locate", "coldstart", "worked"
     question: str  # without its options
-    options: list | None  # ["A. left", ...]; None if the answer is a number or boxes
-    answer: object  # a letter, a number, or (locate) a list of boxes in pixels of the original picture
+    options: list | None  # ["A. left", ...]; None if the answer is a number, an exact text, or boxes
+    answer: object  # a letter, a number, a text, or (locate) a list of boxes in pixels of the original picture
     solution: str = ""  # coldstart and worked rows: the whole text to learn
+    boxes: list | None = None  # spatial rows of stage 0: boxes of the objects in the question, each with the number of its picture
 
 
 @dataclass
@@ -130,16 +137,73 @@ def read_jsonl(path):
     return rows
 
 
-def read_examples(data, kind):
-    """Read one file of the released schema. kind: a key of FILES.
+def data_file(data, kind):
+    """The path of a file of FILES in a data folder. Without the released spatial file, the folder's only other JSONL file takes
+    the place of the spatial and the localisation file: your own questions, see own_row."""
+    path, known = Path(data) / FILES[kind], {*FILES.values(), "objects.jsonl"}
+    if kind in ("spatial", "locate") and not path.is_file() and not (Path(data) / FILES["spatial"]).is_file():
+        others = sorted(other for other in Path(data).glob("*.jsonl") if other.name not in known)
+        if len(others) > 1:
+            raise SystemExit(f"{data} has several files of questions ({', '.join(p.name for p in others)}): put them into one.")
+        path = others[0] if others else path
+    return path
+
+
+def own_row(row, kind, where):
+    """A row of your own file in the released schema; kind "locate": its boxes as the answer, or None if it has none.
+
+    It must have image, question and answer. data_type follows from the pictures, question_type from the answer. Options may come
+    without letters; then the answer is a letter or one of the options.
+    """
+    row = {name: value for name, value in row.items() if value is not None}
+    names = row.get("image", [])
+    names = names if isinstance(names, list) else [names]
+    video = any(is_video(str(name)) for name in names)
+    row = {"data_type": "video" if video else "single_image" if len(names) == 1 else "multi_view"} | row
+    if row.get("boxes") and row["data_type"] != "single_image":
+        raise SystemExit(f"{where}: boxes need a question about one picture.")
+    if kind == "locate":
+        return row | {"answer": row["boxes"], "question_type": kind} if row.get("boxes") else None
+    options, answer = row.get("options"), row.get("answer")
+    answer = str(answer).strip() if isinstance(answer, (str, int, float)) else answer
+    if isinstance(options, list) and 1 < len(options) <= 26 and all(isinstance(o, (str, int, float)) for o in options):
+        options = [str(option).strip() for option in options]
+        if not all(re.match(r"[A-Z](?:[.):]|$)", option) for option in options):
+            options = [f"{letter}. {option}" for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options)]
+        answer = parse_choice(str(answer), options) or answer
+        row["options"] = options
+    shape = "choice" if options else "text" if parse_number(answer) is None else "number"
+    return {"question_type": shape} | row | {"answer": answer}
+
+
+def is_video(path):
+    """Whether a file is an mp4, by its name."""
+    return path.lower().endswith(".mp4")
+
+
+def picture_folder(data, name):
+    """The folder that the picture `name` of a row is relative to: images/ of the data folder, or the data folder itself."""
+    folder = Path(data) / "images"
+    return folder if (folder / name).is_file() or not (Path(data) / name).is_file() else Path(data)
+
+
+def read_examples(data, kind, types=()):
+    """Read one file of the released schema, or your own questions (see data_file). kind: a key of FILES. types: if there are any,
+    other question types are left out.
 
     Removes `<image>` and `<video>` from questions and sorts video frames by number (the released files sort them as strings).
-    Checks that every field can be used and that every picture exists inside `data`/images.
+    Checks that every field can be used and that every picture exists inside `data`/images, or inside `data`.
     Raises SystemExit naming the file, the row and the fault.
     """
-    path, root, examples, paths = Path(data) / FILES[kind], (Path(data) / "images").resolve(), [], {}
+    path, examples, paths, found = data_file(data, kind), [], {}, set()
+    if kind == "coldstart" and not path.is_file():
+        raise SystemExit(f"{path} is missing. Make it with stage0_data.py or eval.py --traces, or use --cold_start false.")
     for number, row in enumerate(read_jsonl(path), 1):
         where = f"{path} row {number} (question_id {row.get('question_id')})"
+        if path.name != FILES[kind]:
+            row = own_row(row, kind, where)
+            if row is None:
+                continue
         for name in (*TEXT_FIELDS[kind], "data_type", "image", *["answer"] * (kind == "spatial")):
             if row.get(name) in (None, "", []) or not str(row[name]).strip():
                 raise SystemExit(f"{where}: field {name!r} is missing or empty.")
@@ -147,6 +211,12 @@ def read_examples(data, kind):
                 raise SystemExit(f"{where}: field {name!r} is not text but {row[name]!r}.")
         if row["data_type"] not in DATA_TYPES:
             raise SystemExit(f"{where}: unknown data_type {row['data_type']!r}; choose from {', '.join(DATA_TYPES)}.")
+        if types and kind != "locate":
+            if not isinstance(row.get("question_type"), str):
+                raise SystemExit(f"{where}: it has no question_type, which --types needs.")
+            found.add(row["question_type"])
+            if row["question_type"] not in types:
+                continue
         names = [row["image"]] if isinstance(row["image"], str) else row["image"]
         if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
             raise SystemExit(f"{where}: image {names!r} is not a list of file names.")
@@ -154,6 +224,7 @@ def read_examples(data, kind):
             names = sorted(names, key=lambda name: int(re.sub(r"\D", "", Path(name).stem) or 0))
         for name in names:
             if name not in paths:  # links are followed: a picture must not lead out of the folder
+                root = picture_folder(data, name).resolve()
                 paths[name] = os.path.realpath(root / name)
                 if not paths[name].startswith(str(root) + os.sep):
                     raise SystemExit(f"{where}: picture {name!r} lies outside {root}.")
@@ -163,11 +234,14 @@ def read_examples(data, kind):
             id=f"{path.stem}:{number}", images=tuple(paths[name] for name in names), data_type=row["data_type"],
             question_type=row["question_type"] if kind == "spatial" else kind,
             question=clean_question(row.get("question", row.get("prompt"))), options=row.get("options"),
-            answer=row.get("answer"), solution=row.get("solution", ""),
+            answer=row.get("answer"), solution=row.get("solution", ""), boxes=row.get("boxes"),
         )  # fmt: skip
         check_text(example, where)
         check_answer(example, where)
         examples.append(example)
+    missing = sorted(set(types) - found)
+    if found and missing and (kind == "spatial" or not examples):  # traces may lack a type
+        raise SystemExit(f"{path} has no rows of --types {', '.join(missing)}. It has {', '.join(sorted(found))}.")
     return examples
 
 
@@ -203,14 +277,19 @@ def check_text(example, where):
     tokenizer such as <|im_end|> or <|image_pad|>: it would end the conversation early, or ask for a picture."""
     if not example.question:
         raise SystemExit(f"{where}: the question has no text.")
-    token = re.search(r"<\|[^\s<>|]+\|>", f"{example.question} {example.options} {example.answer} {example.solution}")
+    token = SPECIAL.search(f"{example.question} {example.options} {example.answer} {example.solution}")
     if token:
         raise SystemExit(f"{where}: its text holds the special token {token[0]}. Remove it, or the row.")
 
 
 def check_answer(example, where):
-    """Raise SystemExit (its text starts with `where`) if the answer of `example` can never be scored as right."""
-    answer, options = example.answer, example.options
+    """Raise SystemExit (its text starts with `where`) if the answer of `example` can never be scored as right, or its boxes
+    cannot be used."""
+    answer, options, boxes = example.answer, example.options, example.boxes
+    good = boxes is None or isinstance(boxes, list) and all(map(is_labelled_box, boxes))
+    pictures = [box.get("picture", 1) for box in boxes or []] if good else []
+    if not good or not all(type(number) is int and 1 <= number <= len(example.images) for number in pictures):
+        raise SystemExit(f'{where}: boxes {boxes!r} are not like [{{"bbox_2d": [x1, y1, x2, y2], "label": ..., "picture": 1}}].')
     if example.question_type in ("coldstart", "worked"):
         return
     if example.question_type == "locate":
@@ -223,7 +302,7 @@ def check_answer(example, where):
             raise SystemExit(f'{where}: options {options!r} are not like ["A. left", "B. right"], each with its own letter.')
         if answer not in [option[0] for option in options]:
             raise SystemExit(f"{where}: answer {answer!r} is not the letter of one of the options {options}.")
-    elif parse_number(answer) is None:
+    elif parse_number(answer) is None and (example.question_type in TYPES or not isinstance(answer, str)):
         raise SystemExit(f"{where}: answer {answer!r} is not a number, and there are no options to choose from.")
 
 
@@ -236,19 +315,23 @@ def group_scenes(examples):
     return list(scenes.values())
 
 
-def load_scenes(data, kinds, processor):
-    """Read the files `kinds` (keys of FILES) of a data folder; boxes come in pixels of the resized picture: a list of Scene.
-    Prints what each file holds."""
+def load_scenes(data, kinds, backbone, types=()):
+    """Read the files `kinds` (keys of FILES) of a data folder; boxes come in the units of the model (see box_space): a list of
+    Scene. Prints what each file holds. types: see read_examples."""
     examples = []
     for kind in kinds:
-        some = read_examples(data, kind)
-        types = Counter(example.question_type for example in some)
-        listed = ", ".join(f"{name} {count:,}" for name, count in sorted(types.items()))
-        print_once(f"read {Path(data) / FILES[kind]}: {len(some):,} rows" + f" ({listed})" * (len(types) > 1))
+        some = read_examples(data, kind, types)
+        counts = Counter(example.question_type for example in some)
+        listed = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
+        print_once(f"read {data_file(data, kind)}: {len(some):,} rows" + f" ({listed})" * (len(counts) > 1))
+        if kind == "coldstart" and not any(has_instruction(example.question, "think") for example in some):
+            print_once(f"{data_file(data, kind)}: its prompts do not ask as --instruction think does. Use their wording for it.")
         examples += some
     for example in examples:
         if example.question_type == "locate":
-            example.answer = boxes_for_model(processor, example)
+            example.answer = boxes_for_model(backbone, example)
+        elif example.data_type == "video" and backbone.family.timed:
+            frame_numbers(example.images)
     return group_scenes(examples)
 
 
@@ -263,15 +346,80 @@ INSTRUCTIONS = {
     "work": "First locate the objects, then answer inside <answer> </answer>.",
     "think": "First think inside <think> </think>, then answer inside <answer> </answer>.",
 }
+OTHER_WORDING = {"direct-text": "Answer with a word or a short phrase only."}  # behind a hyphen: for answers of this shape alone
+SHAPES = ("choice", "number", "text")  # of an answer: one of the options, a number, an exact text
+WORDING_FILE = "instructions.json"  # in a model's folder: INSTRUCTIONS of the run that has trained it
 PREFIX_START = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
 BRANCH_END = "<|im_end|>\n<|im_start|>assistant\n"  # ends the question and starts the answer
 STOP = "<|im_end|>"
 
 
+OUR_INSTRUCTIONS = dict(INSTRUCTIONS)
+
+
+def read_instructions(words):
+    """{mode: text} from the words of --instruction: MODE=TEXT or MODE=@FILE. Raises SystemExit naming the word that is wrong."""
+    chosen = {}
+    for word in words:
+        mode, _, text = word.partition("=")
+        if text.startswith("@"):
+            try:
+                text = Path(text[1:]).read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise SystemExit(f"--instruction {word}: the file cannot be read ({error}).") from None
+        chosen |= check_instructions({mode: text}, f"--instruction {word}")
+    return chosen
+
+
+def check_instructions(wording, where):
+    """A dict {mode: text}, the texts stripped. mode: a key of INSTRUCTIONS, or one for answers of one of the SHAPES alone, such as
+    think-number. Raises SystemExit (its text starts with `where`) for another mode, and for a text that cannot be used."""
+    modes = [mode + shape for mode in OUR_INSTRUCTIONS for shape in ("", *(f"-{shape}" for shape in SHAPES))]
+    for mode, text in wording.items():
+        if mode not in modes or not isinstance(text, str) or not text.strip():
+            raise SystemExit(f"{where}: give MODE=TEXT or MODE=@FILE. MODE is one of {', '.join(modes)}.")
+        if token := SPECIAL.search(text):
+            raise SystemExit(f"{where}: its text holds the special token {token[0]}. Remove it.")
+    return {mode: text.strip() for mode, text in wording.items()}
+
+
+def instructions_of(model, chosen=()):
+    """The INSTRUCTIONS to ask a model with: ours, then those in its folder's instructions.json, then `chosen`, a dict as from
+    read_instructions. Prints one line if the model's differ from ours. Raises SystemExit if its file is broken."""
+    path, stored = Path(model) / WORDING_FILE, {}
+    if path.is_file():
+        try:
+            stored = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise SystemExit(f"{path} is not a JSON object ({error}). Delete it to ask in this project's wording.") from None
+    stored = check_instructions(stored, path)
+    other = [mode for mode, text in stored.items() if OUR_INSTRUCTIONS.get(mode) != text]
+    if other:
+        print_once(f"{path}: this model was trained with its own wording for {', '.join(other)}")
+    return OUR_INSTRUCTIONS | stored | dict(chosen)
+
+
+def use_instructions(model, chosen=()):
+    """Ask in the wording of instructions_of from now on, in this process. Returns that wording, a dict."""
+    wording = instructions_of(model, chosen)
+    INSTRUCTIONS.clear()
+    INSTRUCTIONS.update(wording)
+    return wording
+
+
+def has_instruction(prompt, mode):
+    """Whether a prompt has the words of an instruction (for answers of any shape)."""
+    texts = [text for name, text in INSTRUCTIONS.items() if name.partition("-")[0] == mode]
+    return any(all(part.strip() in prompt for part in text.split("{question}")) for text in texts)
+
+
 def prompt_text(example, mode):
-    """The user's text for `example` in one of the modes of INSTRUCTIONS, without the pictures."""
-    options = "\nOptions:\n" + "\n".join(example.options) if example.options else ""
-    return f"{example.question}{options}\n{INSTRUCTIONS[mode]}"
+    """The user's text for `example` in one of the modes of INSTRUCTIONS, without the pictures: the question with its options, then
+    the instruction; an instruction with "{question}" has them there."""
+    question = example.question + ("\nOptions:\n" + "\n".join(example.options) if example.options else "")
+    shape = "choice" if example.options else "text" if parse_number(example.answer) is None else "number"
+    instruction = (OTHER_WORDING | INSTRUCTIONS).get(f"{mode}-{shape}", INSTRUCTIONS[mode])
+    return instruction.replace("{question}", question) if "{question}" in instruction else f"{question}\n{instruction}"
 
 
 def boxes_text(boxes):
@@ -280,12 +428,17 @@ def boxes_text(boxes):
     return json.dumps(boxes, separators=(",", ":"), ensure_ascii=False)
 
 
-def picture_text(grids, merge, video):
+def picture_text(grids, merge, video, times=()):
     """Placeholder tokens of a scene's pictures: one pad for each merge x merge square of patches.
 
-    grids: (pictures, 3), t, h, w in patches. A video is one grid; its t counts pairs of frames.
+    grids: (pictures, 3), t, h, w in patches. A video is one grid; its t counts pairs of frames. times: the seconds of each pair
+    for a model that reads them (Family.timed); each pair then has its own vision span, and its time as text before it, as in
+    transformers 4.57, with which Qwen3-VL was released (5.10 and later put one more span around them all).
     """
     pad = "<|video_pad|>" if video else "<|image_pad|>"
+    if times:
+        span = f"<|vision_start|>{pad * int(grids[0, 1:].prod() // merge**2)}<|vision_end|>"
+        return "".join(f"<{seconds:.1f} seconds>{span}" for seconds in times)
     return "".join(f"<|vision_start|>{pad * int(t * h * w // merge**2)}<|vision_end|>" for t, h, w in grids)
 
 
@@ -388,24 +541,78 @@ def load_image(path):
         return ImageOps.exif_transpose(image).convert("RGB")
 
 
-def read_video(path, frames):
-    """At most `frames` pictures of an mp4 at equal steps, the first and the last included, in temporal order.
+def read_video(path, frames, decode_with=""):
+    """At most `frames` pictures of an mp4 at equal steps, the first and the last included, in temporal order. The time of each
+    is its info["seconds"].
 
-    Raises SystemExit naming a file that is not a video or has no frames.
+    decode_with: "decord" or "av"; empty: decord where it is installed (it has no wheels for macOS and ARM), else av.
+    Raises SystemExit naming a file that is not a video, has no frames, or was cut.
     """
-    import decord  # only mp4 files need it
-
+    decode_with = decode_with or ("decord" if importlib.util.find_spec("decord") else "av")
     with picture_errors(path, "video"):
-        reader = decord.VideoReader(str(path))
-        picks = np.linspace(0, len(reader) - 1, min(frames, len(reader))).round().astype(int)
-        return [Image.fromarray(frame) for frame in reader.get_batch(picks).asnumpy()]
+        if decode_with == "decord":
+            import decord  # only mp4 files need it
+
+            reader = decord.VideoReader(str(path))
+            picks = frame_picks(len(reader), frames)
+            pictures = dict(zip(picks.tolist(), map(Image.fromarray, reader.get_batch(picks).asnumpy())))
+            return with_times(pictures, reader.get_avg_fps())
+        import av
+
+        with av.open(str(path)) as file:  # first count, without decoding: a video is too large to be kept
+            packets = [packet.is_discard for packet in file.demux(video=0) if packet.size]
+            stated, count, fps = file.streams.video[0].frames, packets.count(False), float(file.streams.video[0].average_rate)
+        pictures, picks = {}, set(frame_picks(count, frames).tolist())
+        with av.open(str(path)) as file:
+            file.streams.video[0].thread_type = "AUTO"
+            for number, frame in enumerate(file.decode(video=0)):
+                if number in picks:
+                    pictures[number] = frame.to_image().rotate(frame.rotation, expand=True)
+        if len(pictures) < len(picks) or len(packets) < stated:
+            raise ValueError("frames are missing")
+        return with_times(pictures, fps)
+
+
+def with_times(pictures, fps):
+    """The pictures {number of the frame: picture} in order, each with its time, info["seconds"]."""
+    for number, picture in pictures.items():
+        picture.info["seconds"] = number / fps
+    return [pictures[number] for number in sorted(pictures)]
+
+
+def frame_picks(count, frames):
+    """The numbers of at most `frames` of a video's `count` frames, at equal steps: an array."""
+    return np.linspace(0, count - 1, min(frames, count)).round().astype(int)
+
+
+def frame_numbers(paths):
+    """The numbers of a video's frames, the last number in each name; none for an mp4. Raises SystemExit if they do not rise."""
+    if is_video(paths[0]):
+        return []
+    numbers = [int((re.findall(r"\d+", Path(path).stem) or [-1])[-1]) for path in paths]
+    if numbers[0] < 0 or numbers != sorted(numbers):
+        raise SystemExit(
+            f"{paths[0]} and the other frames of its video have no rising numbers in their names, from which the times before the "
+            "frames are computed. Name each picture by the number of its frame."
+        )
+    return numbers
+
+
+def pair_times(paths, pictures, fps):
+    """The seconds of each pair of a video's frames, the mean of its two. An odd number of frames repeats the last one.
+
+    An mp4's pictures have their times (read_video); other frames are numbered, `fps` a second.
+    """
+    times = [number / fps for number in frame_numbers(paths)] or [picture.info["seconds"] for picture in pictures]
+    times += times[-1:] * (len(times) % 2)
+    return [(first + second) / 2 for first, second in zip(times[::2], times[1::2])]
 
 
 def picture_patches(processor, images, video=False):
     """Pictures -> patches for the vision tower.
 
-    Returns pixels (patches, channels * 2 * 14 * 14) float32 and grids (pictures, 3), t, h, w in patches. A video is ONE grid:
-    two consecutive frames share a temporal patch, and an odd number of frames repeats the last one.
+    Returns pixels (patches, channels * 2 * patch size ** 2) float32 and grids (pictures, 3), t, h, w in patches. A video is ONE
+    grid: two consecutive frames share a temporal patch, and an odd number of frames repeats the last one.
     """
     if not video:
         out = processor(images=images, return_tensors="pt")
@@ -414,13 +621,13 @@ def picture_patches(processor, images, video=False):
     out = processor(images=images, return_tensors="pt")
     t, h, w = len(images) // 2, *out["image_grid_thw"][0, 1:].tolist()
     # The processor repeats a still picture in both halves of a temporal patch; take one half from each frame.
-    pixels = out["pixel_values"].view(t, 2, h * w, 3, 2, -1)  # (pairs, frame of pair, patches, channels, half, 14*14)
-    pixels = torch.stack([pixels[:, 0, :, :, 0], pixels[:, 1, :, :, 1]], dim=3)  # (pairs, patches, channels, 2, 14*14)
+    pixels = out["pixel_values"].view(t, 2, h * w, 3, 2, -1)  # (pairs, frame of pair, patches, channels, half, numbers)
+    pixels = torch.stack([pixels[:, 0, :, :, 0], pixels[:, 1, :, :, 1]], dim=3)  # (pairs, patches, channels, 2, numbers)
     return pixels.reshape(t * h * w, -1), torch.tensor([[t, h, w]])
 
 
 def resized_size(processor, width, height):
-    """(width, height), multiples of 28, to which the processor resizes a picture of width x height pixels."""
+    """(width, height), multiples of a token's side, to which the processor resizes a picture of width x height pixels."""
     side, limits = processor.patch_size * processor.merge_size, processor.size
     height, width = smart_resize(height, width, side, limits["shortest_edge"], limits["longest_edge"])
     return width, height
@@ -436,19 +643,26 @@ def valid_box(box):
 
 
 def scale_box(box, source, target):
-    """A box in a picture of size source = (width, height) -> integer pixels of a picture of size target, clipped."""
+    """A box in a picture of size source = (width, height) -> whole numbers in one of size target, clipped."""
     (sw, sh), (tw, th) = source, target
     x1, y1, x2, y2 = box
     return [round(min(max(value * t / s, 0), t)) for value, s, t in zip((x1, y1, x2, y2), (sw, sh, sw, sh), (tw, th, tw, th))]
 
 
-def boxes_for_model(processor, example):
-    """The boxes of a locate example in pixels of the RESIZED picture, as Qwen2.5-VL is trained; each keeps at least one pixel.
+def box_space(backbone, width, height):
+    """(width, height) of the space in which the model writes boxes in a picture of width x height pixels: those of the RESIZED
+    picture (Qwen2.5-VL), or Family.box_side twice."""
+    side = backbone.family.box_side
+    return (side, side) if side else resized_size(backbone.processor, width, height)
+
+
+def boxes_for_model(backbone, example):
+    """The boxes of a locate example in the units in which the model was trained (box_space); each side keeps at least one unit.
 
     Raises SystemExit naming the picture that cannot be read, or the row of a box outside its picture.
     """
     source = picture_size(example.images[0])
-    target, boxes = resized_size(processor, *source), []
+    target, boxes = box_space(backbone, *source), []
     for box in example.answer:
         x1, y1, x2, y2 = box["bbox_2d"]
         if x1 >= source[0] or y1 >= source[1] or x2 <= 0 or y2 <= 0:
@@ -460,23 +674,60 @@ def boxes_for_model(processor, example):
     return boxes
 
 
+def box_from_model(backbone, box, size):
+    """A box as the model writes it -> pixels of the original picture, whose size is (width, height)."""
+    return scale_box(box, box_space(backbone, *size), size)
+
+
 # ------------------------------------------------------------------------------------------------
 # 4. Backbone
 # ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """In what a family of models differs from the others. The size of a patch, the size of a head and the number of deepstack
+    layers come from the model's own configuration."""
+
+    name: str
+    model: type  # transformers' class
+    box_side: int | None  # boxes count from 0 to this number along each side of a picture; None: pixels of the RESIZED picture
+    timed: bool  # a video's pairs of frames have their times as text; otherwise they have positions in time
+
+
+FAMILIES = {  # by model_type
+    "qwen2_vl": Family("Qwen2-VL", Qwen2VLForConditionalGeneration, 1000, False),  # arXiv 2409.12191
+    "qwen2_5_vl": Family("Qwen2.5-VL", Qwen2_5_VLForConditionalGeneration, None, False),  # arXiv 2502.13923
+    "qwen3_vl": Family("Qwen3-VL", Qwen3VLForConditionalGeneration, 1000, True),  # arXiv 2511.21631
+}
+
+
+def family_of(config):
+    """The Family of a model's configuration. Raises ValueError saying why the model cannot be used."""
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or []) - {"full_attention"}
+    if kinds:
+        raise ValueError(
+            f"model_type {config.model_type} has layers of {', '.join(sorted(kinds))}. Only full attention keeps the branches of a "
+            "packed row apart: the recurrent state of a hybrid model would leak from branch to branch"
+        )
+    if config.model_type not in FAMILIES:  # transformers would build a 7B model with random weights
+        raise ValueError(f"config.json has model_type {config.model_type}; choose from {', '.join(FAMILIES)}")
+    return FAMILIES[config.model_type]
+
 
 LOADS = ("fp32", "bf16", "4bit")
 # Only the language model: short names such as "q_proj" would also match the MLP of the vision tower.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
-def load_backbone(path, load="bf16", min_pixels=None, max_pixels=None, device="cpu"):
-    """Load a Qwen2.5-VL from a folder or a hub id.
+def load_backbone(path, load="bf16", min_picture_tokens=None, max_picture_tokens=None, device="cpu"):
+    """Load a model of one of FAMILIES from a folder or a hub id.
 
-    load: "fp32", "bf16" or "4bit" (nf4; the vision tower and the head stay bf16). Pixel limits default to the folder's own.
-    Returns a namespace: model; tokenizer; processor (the PIL image processor: Qwen2_5_VLProcessor needs torchvision); stop
-    (ids that end a completion); forbidden (see forbidden_tokens); path; device; frames (taken from an mp4); seconds_per_grid
-    (between two temporal patches of a video, for its positions; 1.0 as in Qwen's code); cuda_graph and merge_decoding (how
-    branch_generate works: see capture_step and merged_layers).
+    load: "fp32", "bf16" or "4bit" (nf4; the vision tower and the head stay bf16). A picture's limits default to the folder's own.
+    Returns a namespace: model; family; tokenizer; processor (the PIL image processor: the family's own processor needs
+    torchvision); stop (ids that end a completion); forbidden (see forbidden_tokens); path; device; frames (taken from an mp4);
+    seconds_per_grid (between two temporal patches of a video, for its positions; 1.0 as in Qwen's code); fps (see pair_times);
+    cuda_graph and merge_decoding (how branch_generate works: see capture_step and merged_layers).
     Raises SystemExit if the folder has no model, another kind of model or a quantised one, weights are missing, or the
     tokenizer does not fit.
     """
@@ -490,8 +741,7 @@ def load_backbone(path, load="bf16", min_pixels=None, max_pixels=None, device="c
         kwargs["device_map"] = {"": device}
     try:
         config = AutoConfig.from_pretrained(path)
-        if config.model_type != "qwen2_5_vl":  # transformers would build a 7B model with random weights
-            raise ValueError(f"config.json has model_type {config.model_type}")
+        family = family_of(config)
         if stored := getattr(config, "quantization_config", None):  # an adapter could not be merged into such weights
             raise SystemExit(
                 f"{path} is stored quantised ({stored.get('quant_method')}). Use the folder or hub id of the original model, "
@@ -499,7 +749,10 @@ def load_backbone(path, load="bf16", min_pixels=None, max_pixels=None, device="c
             )
         tokenizer = AutoTokenizer.from_pretrained(path)
         processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-        model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        vision = config.vision_config
+        if (processor.patch_size, processor.merge_size) != (vision.patch_size, vision.spatial_merge_size):
+            raise ValueError(f"its image processor makes patches of {processor.patch_size} pixels, not {vision.patch_size}")
+        model, info = family.model.from_pretrained(
             path, attn_implementation={"": "sdpa", "text_config": "branches"}, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True, **kwargs,
         )  # fmt: skip
@@ -510,7 +763,8 @@ def load_backbone(path, load="bf16", min_pixels=None, max_pixels=None, device="c
     except SafetensorError as error:
         raise SystemExit(f"{path}: a weights file (model*.safetensors) is broken ({error}). Copy it or make it again.") from None
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{path} cannot be loaded as Qwen2.5-VL with tokenizer and image processor: {error}") from None
+        names = ", ".join(family.name for family in FAMILIES.values())
+        raise SystemExit(f"{path} cannot be loaded as {names} with tokenizer and image processor: {error}") from None
     if load == "4bit":
         for module in model.modules():
             # On CPUs with AVX512-BF16 an eval forward repacks the weights in place, and training after it loses gradients
@@ -520,14 +774,20 @@ def load_backbone(path, load="bf16", min_pixels=None, max_pixels=None, device="c
     else:
         model.to(device)
     embed_patches_by_matrix(model)
-    for edge, pixels in (("shortest_edge", min_pixels), ("longest_edge", max_pixels)):
-        processor.size[edge] = pixels or processor.size[edge]
+    limit_pictures(processor, min_picture_tokens, max_picture_tokens)
     stop = [tokenizer.convert_tokens_to_ids(token) for token in (STOP, "<|endoftext|>")]
     return SimpleNamespace(
-        model=model.eval(), tokenizer=tokenizer, processor=processor, path=str(path), device=torch.device(device), frames=16,
-        stop=stop, forbidden=forbidden_tokens(tokenizer, model, stop).to(device), seconds_per_grid=1.0, cuda_graph=True,
-        merge_decoding=True,
+        model=model.eval(), family=family, tokenizer=tokenizer, processor=processor, path=str(path), device=torch.device(device),
+        frames=16, stop=stop, forbidden=forbidden_tokens(tokenizer, model, stop).to(device), seconds_per_grid=1.0, fps=30.0,
+        cuda_graph=True, merge_decoding=True,
     )  # fmt: skip
+
+
+def limit_pictures(processor, smallest, largest):
+    """Set the limits to which pictures are resized, in tokens, in place. None or 0 leaves the processor's own."""
+    for edge, tokens in (("shortest_edge", smallest), ("longest_edge", largest)):
+        if tokens:
+            processor.size[edge] = tokens * (processor.patch_size * processor.merge_size) ** 2
 
 
 def forbidden_tokens(tokenizer, model, stop):
@@ -561,19 +821,20 @@ def embed_patches_by_matrix(model):
     """Compute the vision tower's patch embedding as a matrix product, in place: the stride of its convolution equals its
     kernel, so the two are the same, and Conv3d took a third of the toy tower's time on a CPU."""
     patch = model.model.visual.patch_embed
-    patch.forward = lambda pixels: F.linear(pixels.to(patch.proj.weight.dtype), patch.proj.weight.flatten(1))
+    patch.forward = lambda pixels: F.linear(pixels.to(patch.proj.weight.dtype), patch.proj.weight.flatten(1), patch.proj.bias)
 
 
 def unwrap(model):
-    """The Qwen2_5_VLForConditionalGeneration inside a PEFT wrapper. Its LoRA layers stay in place: they run either way."""
+    """The transformers model inside a PEFT wrapper. Its LoRA layers stay in place: they run either way."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def adapt(backbone, settings):
     """Make the backbone trainable, in place: see `tune`, `lora_rank`, `lora_alpha`, `train_vision`, `checkpointing`,
-    `seconds_per_grid` and `cuda_graph` of TrainSettings. A vision tower that is not trained stays frozen and runs under
+    `seconds_per_grid`, `fps` and `cuda_graph` of TrainSettings. A vision tower that is not trained stays frozen and runs under
     no_grad, storing nothing."""
     model, backbone.seconds_per_grid, backbone.cuda_graph = backbone.model, settings.seconds_per_grid, settings.cuda_graph
+    backbone.fps = settings.fps
     if settings.tune == "lora":
         torch.manual_seed(settings.seed)  # every process must draw the same adapter
         model = backbone.model = get_peft_model(model, LoraConfig(
@@ -604,17 +865,21 @@ class Prefix:
     features: torch.Tensor | None  # (picture tokens, width) from the vision tower
     next_position: int  # of the text behind it: the largest position + 1
     name: str = ""  # ids of the scene's examples, for messages
+    deepstack: tuple = ()  # Qwen3-VL: features like `features`, one for each of the first layers of the language model
 
 
 def scene_patches(backbone, scene):
-    """Read the pictures of a scene: (pixels, grids) as in picture_patches, or None if the scene is encoded already."""
+    """Read the pictures of a scene: (pixels, grids) as in picture_patches, and the times of picture_text; or None if the scene
+    is encoded already."""
     if scene.encoded is not None:
         return None
-    if scene.images[0].endswith(".mp4"):
+    if is_video(scene.images[0]):
         pictures = read_video(scene.images[0], backbone.frames)
     else:
         pictures = [load_image(path) for path in scene.images]
-    return picture_patches(backbone.processor, pictures, scene.data_type == "video")
+    video = scene.data_type == "video"
+    times = pair_times(scene.images, pictures, backbone.fps) if video and backbone.family.timed else ()
+    return *picture_patches(backbone.processor, pictures, video), times
 
 
 def encode_scenes(backbone, scenes, keep=False, patches=None):
@@ -629,28 +894,38 @@ def encode_scenes(backbone, scenes, keep=False, patches=None):
     prefixes = {}
     if fresh:
         trained = any(parameter.requires_grad for parameter in model.visual.parameters())
-        pixels = torch.cat([pixels for pixels, _ in patches]).to(backbone.device, model.visual.dtype)
-        grids = torch.cat([grids for _, grids in patches]).to(backbone.device)
+        pixels = torch.cat([pixels for pixels, *_ in patches]).to(backbone.device, model.visual.dtype)
+        grids = torch.cat([grids for _, grids, _ in patches]).to(backbone.device)
         with contextlib.nullcontext() if trained and torch.is_grad_enabled() else torch.no_grad():
-            features = model.visual(pixels, grid_thw=grids).pooler_output  # (all picture tokens, width)
-        counts = [int(g.prod(-1).sum()) // merge**2 for _, g in patches]
-        for scene, (_, grids), part in zip(fresh, patches, features.split(counts)):
+            seen = model.visual(pixels, grid_thw=grids)
+        features = [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or [])]  # each (all picture tokens, width)
+        counts = [int(g.prod(-1).sum()) // merge**2 for _, g, _ in patches]
+        parts = zip(*(feature.split(counts) for feature in features))
+        for scene, (_, grids, times), (part, *deepstack) in zip(fresh, patches, parts):
             video = scene.data_type == "video"
-            ids = torch.tensor(encode_text(backbone.tokenizer, PREFIX_START + picture_text(grids, merge, video)))  # (P,)
-            is_picture = (ids == model.config.image_token_id) | (ids == model.config.video_token_id)
-            rate = backbone.seconds_per_grid * model.config.vision_config.tokens_per_second
-            positions = mrope_positions(is_picture, grids, merge, rate)  # (3, P)
+            ids = torch.tensor(encode_text(backbone.tokenizer, PREFIX_START + picture_text(grids, merge, video, times)))  # (P,)
+            per_second = getattr(model.config.vision_config, "tokens_per_second", None)
+            rate = per_second * backbone.seconds_per_grid if per_second else 1  # Qwen2-VL counts pairs of frames
+            spans = torch.tensor([[1, *grids[0, 1:].tolist()]] * len(times)) if times else grids  # with times, each pair is one
+            positions = mrope_positions(picture_mask(backbone, ids), spans, merge, rate)  # (3, P)
             name = ", ".join(example.id for example in scene.examples) or scene.images[0]
             following = int(positions.max()) + 1
             ids, positions = ids.to(backbone.device), positions.to(backbone.device)
-            prefixes[id(scene)] = Prefix(ids, positions, part, following, name)
+            prefixes[id(scene)] = Prefix(ids, positions, part, following, name, tuple(deepstack))
             if keep:
                 scene.encoded = prefixes[id(scene)]
     return [scene.encoded or prefixes[id(scene)] for scene in scenes]
 
 
+def picture_mask(backbone, ids):
+    """Which of the token ids are pads of pictures or videos, bool of the same shape."""
+    config = unwrap(backbone.model).config
+    return (ids == config.image_token_id) | (ids == config.video_token_id)
+
+
 def mrope_positions(is_picture, grids, merge, rate):
-    """M-RoPE positions of a row of text and pictures (Qwen2.5-VL, arXiv 2502.13923, section 2.1).
+    """M-RoPE positions of a row of text and pictures (Qwen2.5-VL, arXiv 2502.13923, section 2.1; how they become angles differs
+    between families, inside the model).
 
     is_picture (T,) bool, True at picture tokens. grids (pictures, 3): t, h, w in patches. rate: positions between two time
     steps of a video. A text token has the same position three times. The tokens of a picture have their time step, row and
@@ -682,7 +957,7 @@ def extend_prefix(prefix, ids):
     after = text_positions(prefix.next_position, len(ids), prefix.ids.device)
     positions = torch.cat([prefix.positions, after], dim=1)  # (3, P + text)
     ids = torch.cat([prefix.ids, prefix.ids.new_tensor(ids)])
-    return Prefix(ids, positions, prefix.features, prefix.next_position + after.shape[1], prefix.name)
+    return Prefix(ids, positions, prefix.features, prefix.next_position + after.shape[1], prefix.name, prefix.deepstack)
 
 
 def check_lengths(backbone, prefixes, lengths):
@@ -691,17 +966,15 @@ def check_lengths(backbone, prefixes, lengths):
     for prefix, group in zip(prefixes, lengths):
         if (tokens := len(prefix.ids) + max(group, default=0)) > limit:
             raise SystemExit(
-                f"{tokens:,} tokens exceed the model's context of {limit:,}. Lower --max_pixels (or --max_new_tokens), or remove "
-                f"the question, one of: {prefix.name}."
+                f"{tokens:,} tokens exceed the model's context of {limit:,}. Lower --max_picture_tokens (or --max_new_tokens), or "
+                f"remove the question, one of: {prefix.name}."
             )
 
 
 def embed(backbone, ids, features=()):
     """Word embeddings of ids (any shape), with the picture tokens replaced by `features` (list of tensors) in order."""
-    config = unwrap(backbone.model).config
     out = unwrap(backbone.model).get_input_embeddings()(ids)  # (..., width)
-    is_picture = (ids == config.image_token_id) | (ids == config.video_token_id)
-    return out.masked_scatter(is_picture[..., None], torch.cat(features).to(out.dtype)) if features else out
+    return out.masked_scatter(picture_mask(backbone, ids)[..., None], torch.cat(features).to(out.dtype)) if features else out
 
 
 def pack_layout(prefixes, branches, device, slots=0):
@@ -731,15 +1004,18 @@ def pack_layout(prefixes, branches, device, slots=0):
     )  # fmt: skip
 
 
-def packed_forward(backbone, embeds, positions, layout):
+def packed_forward(backbone, embeds, positions, layout, deepstack=()):
     """The language model's layers. embeds (rows, tokens, width), positions (3, rows, tokens) -> hidden (rows, tokens, width).
 
     layout: a packed row (pack_layout), rows = 1; or one new token for each branch (see branch_generate), rows = N, tokens = 1.
+    deepstack: like embeds, one for each of the first layers, added to its output.
     """
     language = unwrap(backbone.model).model.language_model
     angles, hidden = language.rotary_emb(embeds, positions), embeds
-    for layer in language.layers:
+    for number, layer in enumerate(language.layers):
         hidden = layer(hidden, position_embeddings=angles, layout=layout)
+        if number < len(deepstack):
+            hidden = hidden + deepstack[number]
     return language.norm(hidden)
 
 
@@ -817,17 +1093,20 @@ def packed_row(backbone, prefixes, branches, slots=0):
     words = torch.tensor([token for branch in flat for token in branch], dtype=torch.long, device=device)
     ids = torch.cat([*(prefix.ids for prefix in prefixes), words])  # (T,)
     positions = torch.cat([*(prefix.positions for prefix in prefixes), *after], dim=1)  # (3, T)
-    features = [prefix.features for prefix in prefixes if prefix.features is not None]
-    return packed_forward(backbone, embed(backbone, ids, features)[None], positions[:, None], layout)[0], layout
+    seen = [prefix for prefix in prefixes if prefix.features is not None]
+    embeds = embed(backbone, ids, [prefix.features for prefix in seen])[None]  # (1, T, width)
+    deepstack = [torch.zeros_like(embeds).masked_scatter(picture_mask(backbone, ids)[:, None], torch.cat(part).to(embeds.dtype))
+                 for part in zip(*(prefix.deepstack for prefix in seen))]  # fmt: skip
+    return packed_forward(backbone, embeds, positions[:, None], layout, deepstack)[0], layout
 
 
 def branch_logprobs(backbone, prefixes, branches, sampler=False, chunk=LOGITS_AT_ONCE):
     """Log-probability of every completion token, with each prefix encoded once.
 
     prefixes: B Prefix. branches: B lists of (prompt ids, completion ids), N in all; a prompt may be empty.
-    Returns logps (N, C), zero at padding; entropy (N, C) in nats, without gradient; mask (N, C), True at completion tokens.
-    Equal to separate rows [prefix + prompt + completion], at the cost of P + sum(branch) tokens instead of N * P +
-    sum(branch). Logits are computed at completion tokens only, `chunk` at a time.
+    Returns logps (N, C), zero at padding; entropy (N, C) in nats, without gradient, zero unless `sampler`; mask (N, C), True at
+    completion tokens. Equal to separate rows [prefix + prompt + completion], at the cost of P + sum(branch) tokens instead of
+    N * P + sum(branch). Logits are computed at completion tokens only, `chunk` at a time.
     sampler: of the distribution that branch_generate samples from, in which forbidden tokens have no probability (for GRPO:
     sampler and scorer must be one distribution). SFT leaves them in, so that the saved model learns to avoid them by itself.
     """
@@ -847,7 +1126,7 @@ def branch_logprobs(backbone, prefixes, branches, sampler=False, chunk=LOGITS_AT
     def score(hidden, targets):  # (n, width), (n,) -> (n,), (n,)
         logits = model.lm_head(hidden).float()  # (n, V)
         logits = (logits.masked_fill_(backbone.forbidden, -torch.inf) if sampler else logits).log_softmax(-1)
-        entropy = torch.special.entr(logits.detach().exp()).sum(-1)
+        entropy = torch.special.entr(logits.detach().exp()).sum(-1) if sampler else torch.zeros_like(targets, dtype=torch.float32)
         return logits.gather(-1, targets[:, None])[:, 0], entropy
 
     parts = []
@@ -1202,8 +1481,9 @@ def score_answers(texts, examples):
 
     examples: N Example (locate: with boxes in the pixels that the model sees). The text in the last <answer> block, or the
     whole text without one, is read by parse_choice, parse_number or parse_boxes; their docstrings say what they accept.
-    Choices score 0 or 1, numbers their mean relative accuracy, boxes their mean IoU, where a box too many counts as a miss.
-    Returns scores (N,) float64 and legal (N,) bool: whether the answer is one of the options, a number, or boxes.
+    Choices score 0 or 1, numbers their mean relative accuracy, boxes their mean IoU, where a box too many counts as a miss. Where
+    the true answer is a text, the same text scores 1, in upper or lower case.
+    Returns scores (N,) float64 and legal (N,) bool: whether the answer is one of the options, a number, a text, or boxes.
     """
     scores, legal = np.zeros(len(texts)), np.zeros(len(texts), bool)
     choice, number = lru_cache(None)(parse_choice), lru_cache(None)(parse_number)  # short answers repeat: parse each once
@@ -1219,10 +1499,13 @@ def score_answers(texts, examples):
         elif example.options:
             letter = choice(answer, tuple(example.options))
             scores[row], legal[row] = letter == example.answer, letter is not None
+        elif (truth := number(str(example.answer))) is None:
+            said, wanted = (bare_answer(text).casefold().rstrip(". ") for text in (answer, str(example.answer)))
+            scores[row], legal[row] = said == wanted, said != ""
         else:
             value = number(answer)
             legal[row] = value is not None
-            numbers.append((row, math.nan if value is None else value, number(str(example.answer))))
+            numbers.append((row, math.nan if value is None else value, truth))
     if numbers:
         rows, predictions, truths = zip(*numbers)
         scores[list(rows)] = mean_relative_accuracy(predictions, truths)

@@ -8,11 +8,11 @@ toy      rooms with coloured solids, rendered by support/toy_world.py, WRITTEN i
 scannet  rooms of ScanNet with exported frames: seven question types about one picture, several views or a video
 meta     object boxes without pictures (VSI-Bench's meta information): the questions that need geometry only
 
-    python stage0_data.py            # toy: data/toy and runs/toy/base, about two and a half minutes on two cores
+    python stage0_data.py            # toy: data/toy and runs/toy/base, about five minutes on two cores
     python stage0_data.py --source scannet --scannet <folder with scans/ and the label table> --out data/mine
 
 Output: {spld_grounding_data,spld_spatial_data,spld_coldstart_data}.jsonl with images/, manifest.json (seed, counts, every
-threshold, what was skipped and why) and gallery.html to look at (toy: gallery.png). The toy also gets data/toy/heldout, the
+threshold, what was skipped and why) and gallery.html to look at (toy: and gallery.png). The toy also gets data/toy/heldout, the
 same files from other rooms, and runs/toy/base/model: a tiny Qwen2.5-VL with random weights whose vision tower was trained to
 recognise coloured solids.
 
@@ -31,7 +31,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -69,8 +69,9 @@ class DataSettings(Settings):
     workers: int = setting(2, "processes that work on rooms; the rows do not depend on it")
     rooms: int = setting(1500, "toy: training rooms, each with eight pictures")
     heldout_rooms: int = setting(160, "toy: rooms for evaluation only")
+    backbone: str = setting("qwen2_5_vl", "toy: the family of the base", tuple(common.FAMILIES))
     base_steps: int = setting(600, "toy: steps of the base's vision training")
-    base_batch: int = setting(32, "toy: pictures in one such step")
+    base_batch: int = setting(36, "toy: pictures in one such step")
 
 
 PRESETS = {"toy": {}}
@@ -94,6 +95,7 @@ RULE_TABLE = {
     "stand_far_m": (5.0, "verified", "... and largest distance"),
     "stand_corners": (2, "verified", "... and at most this many corners of the third object lie in another sector"),
     "min_distance_m": (0.2, "verified", "smallest absolute distance in a question"),
+    "compared": (4, "verified", "several views: the nearest of two to this many objects; video: of this many"),
     "min_nearest_m": (0.15, "verified", "smallest distance of the nearest candidate"),
     "gap_m": (0.15, "verified", "smallest difference between two compared distances ..."),
     "gap_large_m": (0.3, "verified", "... in rooms larger than"),
@@ -111,7 +113,8 @@ RULE_TABLE = {
 }
 RULES = {name: value for name, (value, _, _) in RULE_TABLE.items()}
 # A metre has few pixels in a toy picture, its solids do not touch, and its cameras are far away.
-TOY_RULES = RULES | {"gap_m": 0.3, "direction_m": 0.0, "depth_m": 10.0, "crop_px": 8}
+TOY_RULES = RULES | {"gap_m": 0.3, "direction_m": 0.0, "stand_far_m": 12.0, "compared": 3, "tries": 30, "depth_m": 10.0,
+                     "crop_px": 8}
 
 # ------------------------------------------------------------------------------------------------
 # 2. Reading rooms
@@ -429,9 +432,9 @@ def listed(words):
 
 
 def offset_words(a, b, view):
-    """["right 1.2", "front 0.4"]: the direction from b to a as the camera sees it, in metres; front is farther from the camera.
-    Empty unless the view is a single image."""
-    if view.data_type != "single_image":
+    """["right 1.2", "front 0.4"]: the direction from b to a as the camera of the first picture sees it, in metres; front is
+    farther from the camera. Empty if there are no pictures."""
+    if not view.frames:
         return []
     right, front = camera_offset(a, b, view.frames[0].pose)
     return [f"{'right' if right > 0 else 'left'} {abs(right):.1f}", f"{'front' if front > 0 else 'back'} {abs(front):.1f}"]
@@ -445,7 +448,7 @@ def turn_words(angle, verdict):
 def well_apart(view, group):
     """Whether three objects are neither too near nor too far apart for a question about standing by one of them."""
     spans = [view.distance(a, b) for a, b in itertools.combinations(group, 2)]
-    return RULES["stand_near_m"] <= min(spans) and max(spans) <= RULES["stand_far_m"]
+    return view.rules["stand_near_m"] <= min(spans) and max(spans) <= view.rules["stand_far_m"]
 
 
 def relative_direction(view):
@@ -512,13 +515,15 @@ def standing_direction(view):
             "question": f"If I am standing by the {place.label} and facing the {facing.label}, is the {target.label} "
                         + words.format(facing=facing.label),
             "options": lettered(options), "answer": answer, "objects": [place, facing, target],
-            "thought": turn_words(angle, verdict),
+            "thought": "; ".join([*(", ".join(offset_words(o, place, view)) for o in (facing, target) if view.frames),
+                                  turn_words(angle, verdict)]),
         }  # fmt: skip
 
 
 def relative_distance(view):
     """Which object is the closest to another? One picture: of two objects. Several views: of two to four. Video: of four."""
-    count = {"single_image": 2, "multi_view": view.rng.choice([2, 3, 4]), "video": 4}[view.data_type]
+    most = view.rules["compared"]
+    count = {"single_image": 2, "multi_view": view.rng.randint(2, most), "video": most}[view.data_type]
     gap = view.rules["gap_large_m" if view.room.floor_area > RULES["large_room_m2"] else "gap_m"]
     for reference, *others in view.groups(1, count):
         others.sort(key=lambda o: view.distance(o, reference))
@@ -726,25 +731,26 @@ class Question(NamedTuple):
 
     generate: Callable  # View -> rows
     pictures: list  # of single_image, multi_view, video
-    toy: int = 0  # largest number of such questions about one picture of the toy
+    toy: int = 0  # largest number of such questions about one scene of the toy
+    places: bool = False  # a thought of the toy also names the places of the objects on the floor
     extra: bool = False  # only with --extra
     pair: bool = False  # rows about one picture name a second one, made from it: their data_type becomes multi_view
 
 
 GENERATORS = {
-    "relative direction": Question(relative_direction, ["single_image", "multi_view", "video"], toy=1),
-    "relative distance": Question(relative_distance, ["single_image", "multi_view", "video"], toy=2),
-    "absolute distance": Question(absolute_distance, ["single_image", "multi_view", "video"], toy=2),
+    "relative direction": Question(relative_direction, ["single_image", "multi_view", "video"], toy=2),
+    "relative distance": Question(relative_distance, ["single_image", "multi_view", "video"], toy=2, places=True),
+    "absolute distance": Question(absolute_distance, ["single_image", "multi_view", "video"], toy=1, places=True),
     "object size": Question(object_size, ["single_image", "multi_view", "video"], toy=1),
     "object count": Question(object_count, ["multi_view", "video"], toy=2),
-    "room size": Question(room_size, ["video"]),
-    "appearance order": Question(appearance_order, ["video"]),
+    "room size": Question(room_size, ["video"], toy=1),
+    "appearance order": Question(appearance_order, ["video"], toy=3),
     "perspective taking": Question(perspective_taking, ["single_image"], extra=True),
     "view change": Question(view_change, ["multi_view"], extra=True),
-    "relative distance with depth": Question(with_depth(relative_distance), ["single_image"], 1, extra=True, pair=True),
-    "absolute distance with depth": Question(with_depth(absolute_distance), ["single_image"], 1, extra=True, pair=True),
-    "object size with depth": Question(with_depth(object_size), ["single_image"], 1, extra=True, pair=True),
-    "object in a crop": Question(object_in_crop, ["single_image"], 1, extra=True, pair=True),
+    "relative distance with depth": Question(with_depth(relative_distance), ["single_image"], toy=1, extra=True, pair=True),
+    "absolute distance with depth": Question(with_depth(absolute_distance), ["single_image"], toy=1, extra=True, pair=True),
+    "object size with depth": Question(with_depth(object_size), ["single_image"], toy=1, extra=True, pair=True),
+    "object in a crop": Question(object_in_crop, ["single_image"], toy=1, extra=True, pair=True),
 }
 
 # ------------------------------------------------------------------------------------------------
@@ -772,10 +778,25 @@ def room_views(room, rng):
         groups += [("multi_view", some[i : i + RULES["views"]]) for i in starts]
     if len(room.frames) >= RULES["video_frames"]:
         groups.append(("video", spread(RULES["video_frames"])))
+    return views_of(room, groups, rng, RULES)
+
+
+def views_of(room, groups, rng, rules):
+    """A View for each of `groups`, (data_type, frames)."""
     seen = {number: visible_boxes(room, f) for number, f in {f.number: f for _, group in groups for f in group}.items()}
     return [
-        View(room, data_type, group, *([seen[f.number][i] for f in group] for i in (0, 1)), rng) for data_type, group in groups
-    ]
+        View(room, data_type, group, *([seen[f.number][i] for f in group] for i in (0, 1)), rng, rules)
+        for data_type, group in groups
+    ]  # fmt: skip
+
+
+def toy_views(room, rng):
+    """The views of a toy room: each of the eight pictures around a small room alone; of a room with a turning camera the first
+    frame of every quarter alone, all four together, and all eight frames as a video."""
+    tour = [frame.number for frame in room.frames] == list(toy_world.TOUR)
+    first = room.frames[::2] if tour else room.frames
+    groups = [("single_image", [frame]) for frame in first] + [("multi_view", first), ("video", room.frames)] * tour
+    return views_of(room, groups, rng, TOY_RULES)
 
 
 def rows_of_type(view, kind, rejected):
@@ -786,23 +807,35 @@ def rows_of_type(view, kind, rejected):
         if isinstance(row, str):
             rejected[f"{data_type}: {kind}: {row}"] += 1
             continue
-        image = [f"{name}/{frame.number}.jpg" for frame in view.frames] or [f"{name}.mp4"]
+        image = image_names(view) or [f"{name}.mp4"]
         image += [f"{name}/{view.frames[0].number}_{row.pop('second')}"] if GENERATORS[kind].pair else []
         yield {"options": None} | row | {"image": image, "question_type": kind, "data_type": data_type}
 
 
+def image_names(view):
+    """The names of a view's pictures, as in the rows."""
+    return [f"{view.room.name}/{frame.number}.jpg" for frame in view.frames]
+
+
+def place_of(view, thing):
+    """Where an object is, in metres: (to the right of, ahead of, above) the camera of the first picture; in a room without
+    pictures its coordinates."""
+    if not view.frames:
+        return thing.centre
+    pose = view.frames[0].pose
+    right, forward = level_axes(pose)
+    step = thing.centre - pose[:3, 3]
+    return step[:2] @ right, step[:2] @ forward, step[2]
+
+
+def decimals(numbers):
+    """Numbers with one decimal: ["0.4", "-1.2"]."""
+    return [f"{round(x, 1) + 0.0:.1f}" for x in numbers]  # + 0.0: no "-0.0"
+
+
 def positions(view, objects):
-    """The start of a thought about a real room, "chair (0.4, 2.1, -0.3), ...": metres to the right of the camera, ahead of it
-    and above it in a single image, else coordinates in the room."""
-    words = []
-    for thing in objects:
-        place = thing.centre
-        if view.data_type == "single_image":
-            right, forward = level_axes(view.frames[0].pose)
-            step = place - view.frames[0].pose[:3, 3]
-            place = (step[:2] @ right, step[:2] @ forward, step[2])
-        words.append(f"{thing.label} ({', '.join(f'{round(x, 1) + 0.0:.1f}' for x in place)})")  # + 0.0: no "-0.0"
-    return ", ".join(words)
+    """The start of a thought about a real room, "chair (0.4, 2.1, -0.3), ...": see place_of."""
+    return ", ".join(f"{thing.label} ({', '.join(decimals(place_of(view, thing)))})" for thing in objects)
 
 
 def room_rows(room, settings, rng):
@@ -889,9 +922,9 @@ def write_rows(root, spatial, locate, traces, seed, objects=None):
         example = common.Example("", (), "", row["question_type"], row["question"], row["options"], row["answer"])
         return {"question_id": row["question_id"], "prompt": common.prompt_text(example, mode),
                 "solution": solution.format(thoughts[number], row["answer"]), "image": row["image"],
-                "data_type": row["data_type"]}  # fmt: skip
+                "data_type": row["data_type"], "question_type": row["question_type"]}  # fmt: skip
 
-    chosen = spread_sample([row["question_type"] for row in spatial], traces, seed)
+    chosen = spread_sample([kind_of(row) for row in spatial], traces, seed)
     tables = {"locate": locate, "spatial": spatial}
     tables["coldstart"] = [solved(number, "think", "<think> {} </think><answer>{}</answer>") for number in chosen]
     if objects is not None:
@@ -901,12 +934,38 @@ def write_rows(root, spatial, locate, traces, seed, objects=None):
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         files.write_atomic(root / common.FILES.get(kind, f"{kind}.jsonl"), lines)
     counts = {kind: len(rows) for kind, rows in tables.items()}
-    return counts | {"by_type": dict(Counter(row["question_type"] for row in spatial))}
+    by_type, by_kind = (dict(Counter(some)) for some in ([row["question_type"] for row in spatial], map(kind_of, spatial)))
+    return counts | {"by_type": by_type, "by_kind": by_kind}
 
 
 def labelled_boxes(view, objects):
-    """The stage-1 answer for objects of a single image, with the label before its numbers. A toy thought begins with it."""
-    return [{"label": o.label, "bbox_2d": view.boxes[0][o.number]} for o in objects]
+    """The stage-1 answer for some objects, each in the first picture that shows it, with the label before its numbers."""
+    return [{"label": o.label, "bbox_2d": view.boxes[picture_of(view, o)][o.number]} for o in objects]
+
+
+def boxes_in_pictures(view, objects):
+    """labelled_boxes, each with the number of its picture, from 1: the `boxes` of a spatial row."""
+    return [box | {"picture": picture_of(view, o) + 1} for o, box in zip(objects, labelled_boxes(view, objects))]
+
+
+def picture_of(view, thing):
+    """The number, from 0, of the first picture in which an object is visible."""
+    return next(number for number, boxes in enumerate(view.boxes) if thing.number in boxes)
+
+
+def toy_thought(view, row, places, box_side):
+    """The thinking trace of a toy row: the stage-1 answer for its objects, token for token; where each is, "2: 0.4,-1.2;" (its
+    picture; metres to the right and ahead of the first camera, with `places`); then the comparison. box_side: as in
+    common.Family, the units of the model's boxes."""
+    boxes, side = labelled_boxes(view, row["objects"]), box_side or toy_world.SIDE
+    for box in boxes:
+        box["bbox_2d"] = common.scale_box(box["bbox_2d"], (toy_world.SIDE,) * 2, (side, side))
+    words = [common.boxes_text(boxes)] if boxes else []
+    for thing in row.pop("objects"):
+        picture = [str(picture_of(view, thing) + 1)] if len(view.frames) > 1 else []
+        place = [",".join(decimals(place_of(view, thing)[:2]))] if places else []
+        words += [": ".join(picture + place) + ";"] if picture + place else []
+    return " ".join([*words, row["thought"]])
 
 
 def process_toy_room(job):
@@ -914,38 +973,57 @@ def process_toy_room(job):
     job: (name, settings, root, detection: whether to ask for all objects, too)."""
     name, settings, root, detection = job
     rng, folder = random.Random(f"{settings.seed} {name}"), root / "scans" / name
+    make = toy_world.make_room if int(name[5:9]) % 4 else toy_world.make_tour
     with files.disk_errors(folder):
         shutil.rmtree(folder, ignore_errors=True)  # what an older version of the code has written
-        toy_world.write_room(toy_world.make_room(rng), folder, rng)
+        toy_world.write_room(make(rng), folder, rng)
     room = read_scannet(folder, scannet.read_labels(root / "labels.tsv"))
     (root / "images" / name).mkdir(parents=True, exist_ok=True)
-    out = {"locate": [], "spatial": [], "objects": [], "rejected": Counter()}
     for frame in room.frames:
-        image = f"{name}/{frame.number}.jpg"
-        shutil.copyfile(frame.color, root / "images" / image)
-        boxes, glimpsed = visible_boxes(room, frame)
-        view = View(room, "single_image", [frame], [boxes], [glimpsed], rng, TOY_RULES)
-        visible = view.visible_objects()
-        out["objects"].append({"image": [image], "objects": labelled_boxes(view, visible)})
-        named = view.unique()[: rng.choice([1, 2, 2, 3, 3])]
-        names = [f"the {o.label}" for o in named]
-        locate = "Locate " + " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) + "."
-        visible.sort(key=lambda o: boxes[o.number])
-        # With "all objects" the model must recognise what it finds. Without these rows it draws good boxes around the wrong
-        # objects: held-out IoU .23 after 700 steps, against .57 with them.
-        for question, objects in ((locate, named), ("Locate all objects.", visible if detection else [])):
-            if objects:
-                row = {"question": question, "answer": labelled_boxes(view, objects), "image": [image]}
-                out["locate"].append(row | {"data_type": "single_image"})
+        shutil.copyfile(frame.color, root / "images" / name / f"{frame.number}.jpg")
+    out = {"locate": [], "spatial": [], "objects": [], "rejected": Counter()}
+    for view in toy_views(room, rng):
+        if view.data_type == "single_image":
+            out["locate"] += locate_rows(view, rng, detection)
+        if view.data_type != "multi_view":  # single pictures and pairs of frames, for the base
+            shown = [shown_objects(view, first) for first in range(0, len(view.frames), 2)]
+            out["objects"] += [row for row in shown if row["objects"]]
+        if make is toy_world.make_tour and view.data_type == "single_image":
+            continue  # most of these show one object, whose size would be half of all questions
         for kind, question in GENERATORS.items():
-            wanted = question.toy and (settings.extra or not question.extra)
+            wanted = question.toy and view.data_type in question.pictures and (settings.extra or not question.extra)
             rows = list(rows_of_type(view, kind, out["rejected"])) if wanted else []
             for row in rng.sample(rows, min(len(rows), question.toy)):
-                for second in row["image"][1:]:
+                for second in row["image"][1:] if question.pair else []:
+                    frame = view.frames[0]
                     scannet.second_picture(second, frame.color, frame.depth, room.depth_shift).save(root / "images" / second)
-                row["thought"] = f"{common.boxes_text(labelled_boxes(view, row.pop('objects')))} {row['thought']}"
+                row["asked"] = [o.number for o in row["objects"]]
+                row["boxes"] = boxes_in_pictures(view, row["objects"])
+                row["thought"] = toy_thought(view, row, question.places, common.FAMILIES[settings.backbone].box_side)
                 out["spatial"].append(row)
     return out
+
+
+def locate_rows(view, rng, detection):
+    """Localisation rows about one picture of the toy: some of its objects by name and, with `detection`, all of them.
+
+    Without "all objects" the model draws good boxes around the wrong objects: held-out IoU .23 after 700 steps, against .57.
+    """
+    visible = sorted(view.visible_objects(), key=lambda o: view.boxes[0][o.number])
+    named = view.unique()[: rng.choice([1, 2, 2, 3, 3])]
+    names = [f"the {o.label}" for o in named]
+    question = "Locate " + " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) + "."
+    asked = [(question, named), ("Locate all objects.", visible if detection else [])]
+    return [
+        {"question": question, "answer": labelled_boxes(view, objects), "image": image_names(view), "data_type": "single_image"}
+        for question, objects in asked if objects
+    ]  # fmt: skip
+
+
+def shown_objects(view, first):
+    """What a picture of the toy shows or, in a video, two frames from number `first` on: a row of objects.jsonl."""
+    some = replace(view, frames=view.frames[first : first + 2], boxes=view.boxes[first : first + 2])
+    return {"image": image_names(some), "objects": labelled_boxes(some, some.visible_objects())}
 
 
 def build_toy(root, rooms, first, settings, traces, detection, made_from=""):
@@ -957,6 +1035,9 @@ def build_toy(root, rooms, first, settings, traces, detection, made_from=""):
     todo = [(name, made_from, (name, settings, root, detection)) for name in names]
     parts = jobs.process_rooms(process_toy_room, todo, root, settings.workers, f"rooms of {root.name}")
     spatial, locate, objects = ([row for part in parts for row in part[kind]] for kind in ("spatial", "locate", "objects"))
+    labels = scannet.read_labels(root / "labels.tsv")
+    entries = gallery_entries(spatial, cache(lambda name: read_scannet(root / "scans" / name, labels)), root, settings.seed)
+    files.write_atomic(root / "gallery.html", report.gallery_page(entries))
     counts = write_rows(root, spatial, locate, traces, settings.seed, objects)
     return counts | {"rejected": jobs.sum_counts(part["rejected"] for part in parts)}
 
@@ -980,14 +1061,10 @@ def build_real(settings, root, rooms, made_from):
     rows = balance(candidates, targets, settings.per_room, settings.seed)
     if not rows:
         raise SystemExit(f"no question passed the guards in the {len(good)} rooms of {settings.scannet}.")
-    kinds, read = [kind_of(row) for row in rows], cache(lambda name: read_room(settings, rooms[name]))
-    some = spread_sample(kinds, sum(min(n, 2) for n in Counter(kinds).values()), settings.seed)  # two rows of every kind
-    shown = [rows[i] for i in sorted(some, key=lambda i: kinds[i])]
-    entries = [gallery_entry(row, read(room_of(row)), root / "images") for row in tqdm(shown, "gallery")]
-    locate = []
+    kinds, locate = [kind_of(row) for row in rows], []
+    entries = gallery_entries(rows, cache(lambda name: read_room(settings, rooms[name])), root, settings.seed)
     for number, row in enumerate(rows):
-        del row["asked"]
-        if boxes := row.pop("boxes", None):
+        if boxes := row.get("boxes"):
             locate.append({"question": row["question"], "answer": boxes, "image": row["image"], "data_type": row["data_type"],
                            "question_id": number})  # fmt: skip
     counts = write_rows(root, rows, locate, settings.traces, settings.seed)
@@ -1015,6 +1092,18 @@ def kind_of(row):
     return f"{row['data_type']}: {row['question_type']}"
 
 
+def gallery_entries(rows, read, root, seed):
+    """Two rows of every kind for the gallery, as gallery_entry describes them. read: the name of a room -> the room. Removes
+    `asked` from all rows."""
+    kinds = [kind_of(row) for row in rows]
+    some = spread_sample(kinds, sum(min(n, 2) for n in Counter(kinds).values()), seed)
+    shown = [rows[i] for i in sorted(some, key=lambda i: kinds[i])]
+    entries = [gallery_entry(row, read(room_of(row)), root / "images") for row in tqdm(shown, "gallery")]
+    for row in rows:
+        del row["asked"]
+    return entries
+
+
 def gallery_entry(row, room, images=Path()):
     """What report.gallery_page shows of a row: its texts, pictures with the boxes of its objects, and the room from above.
     images: the folder with the second pictures."""
@@ -1038,7 +1127,7 @@ def gallery_entry(row, room, images=Path()):
 
 # The settings that decide what the data is: data made with others is not resumed.
 REAL_CONFIG = ("source", "scannet", "seed", "allow_val", "extra", "single_rows", "multi_rows", "video_rows", "per_room", "traces")
-TOY_CONFIG = ("seed", "extra", "rooms", "heldout_rooms", "traces")
+TOY_CONFIG = ("seed", "extra", "rooms", "heldout_rooms", "traces", "backbone")
 RULES_FACTS = {  # for the manifest
     "rules": {name: {"value": value, "from": origin, "meaning": text} for name, (value, origin, text) in RULE_TABLE.items()},
     "dropped_nyu40": sorted(scannet.DROPPED_NYU40),
@@ -1081,7 +1170,7 @@ def toy_data(settings):
     train = build_toy(root, settings.rooms, 0, settings, settings.traces, True, made_from)
     heldout = build_toy(root / "heldout", settings.heldout_rooms, settings.rooms, settings, 0, False, made_from)
     with files.disk_errors(root / "gallery.png"):
-        report.draw_gallery(root, GENERATORS, settings.seed).save(root / "gallery.png")
+        report.draw_gallery(root, settings.seed).save(root / "gallery.png")
     jobs.finish(root, {"config": config, "made_from": made_from} | RULES_FACTS | {"counts": {"train": train, "heldout": heldout}})
     print(f"wrote {root}: " + ", ".join(f"{n} {kind}" for kind, n in train["by_type"].items()))
 

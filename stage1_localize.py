@@ -3,11 +3,12 @@
 The model is asked for named objects in one picture and answers with a JSON list of boxes and labels. Differences from the
 reference code:
 1. the answer is dumped to JSON once (theirs is an escaped string), and the prompt carries no loss (theirs does);
-2. boxes are in pixels of the RESIZED picture, as Qwen2.5-VL was trained; the size of each picture is read, never assumed;
+2. boxes have the units in which the model was trained (Qwen2.5-VL: pixels of the RESIZED picture; Qwen3-VL: 0 to 1000); the
+   size of each picture is read, never assumed;
 3. LoRA by default (the paper tunes all weights), so that the 3B model fits a 24 GB card;
 4. questions about the same picture share its tokens (common.py, section 5).
 
-    python stage1_localize.py                 # toy: about five minutes on two cores, held-out IoU about 0.7
+    python stage1_localize.py                 # toy: about six minutes on two cores, held-out IoU about 0.7
     python stage1_localize.py --preset 3b --data data/SpatialLadder-26k
 
 Writes runs/<preset>/stage1: metrics.jsonl, samples.jsonl, curves.png, checkpoint.pt, model/ (and adapter/).
@@ -35,13 +36,13 @@ PRESETS = {
     # The toy's language model starts from random weights, so all of it is trained. Muon needs a third of AdamW's time.
     "toy": {
         "load": "fp32", "tune": "full", "keep_features": True, "optimizer": "muon", "lr": 1e-3, "muon_lr": 0.013,
-        "steps": 690, "train_batch": 32, "branches": 4, "micro_batch": 64, "warmup": 0.05, "eval_every": 100, "save_every": 345,
+        "steps": 600, "train_batch": 32, "branches": 4, "micro_batch": 64, "warmup": 0.05, "eval_every": 100, "save_every": 300,
     },
     # The paper: one epoch, 16 rows a step, learning rate 1e-5 for full tuning, pictures of 16 to 128 tokens. Here a step has 16
     # scenes, each with up to 8 of its rows.
     "3b": {
         "model": "Qwen/Qwen2.5-VL-3B-Instruct", "lr": 1e-4, "train_batch": 16, "checkpointing": True, "eval_batch": 16,
-        "min_pixels": 16 * 28 * 28, "max_pixels": 128 * 28 * 28,
+        "min_picture_tokens": 16, "max_picture_tokens": 128,
     },
 }  # fmt: skip
 NEW_TOKENS = 128  # of the longest answer
@@ -105,9 +106,10 @@ def work(settings):
     if runs.is_finished(settings):
         return
     run = runs.Run(settings, {"loss": ["loss"], "held-out boxes": ["iou", "acc50"], "gradient norm": ["grad_norm"]})
-    backbone = common.load_backbone(settings.model, settings.load, settings.min_pixels, settings.max_pixels, runs.device())
-    scenes = runs.training_scenes(settings, ["locate"], backbone.processor)
-    held_out = runs.held_out_scenes(settings, ["locate"], backbone.processor)
+    sizes = settings.min_picture_tokens, settings.max_picture_tokens
+    backbone = common.load_backbone(settings.model, settings.load, *sizes, runs.device())
+    scenes = runs.training_scenes(settings, ["locate"], backbone)
+    held_out = runs.held_out_scenes(settings, ["locate"], backbone)
     packs = common.make_packs(backbone.tokenizer, scenes, settings.branches, settings.seed)
     common.adapt(backbone, settings)
     train(backbone, packs, held_out, settings, run)

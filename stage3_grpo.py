@@ -11,9 +11,9 @@ the policy moves toward the completions with positive advantage. Differences fro
    that had the format and answered nothing (--legal_format false is the paper);
 4. localisation questions can be mixed in, rewarded by IoU, so that a small model keeps its boxes;
 5. the cold start stops when a MEASURED share of sampled completions is well formed (--cold_format). The share rises steeply
-   (in the toy from .05 to .41 in thirty steps), and a model that always gets the format right leaves GRPO less to learn.
+   (in the toy from .05 to .38 in thirty steps), and a model that always gets the format right leaves GRPO less to learn.
 
-    python stage3_grpo.py                     # toy: about four minutes on two cores
+    python stage3_grpo.py                     # toy: about seven minutes on two cores
     python stage3_grpo.py --preset 3b --data data/SpatialLadder-26k
 
 Writes runs/<preset>/coldstart and runs/<preset>/stage3, each with metrics.jsonl, samples.jsonl, curves.png, checkpoint.pt,
@@ -21,6 +21,7 @@ model/ (and adapter/).
 """
 
 import math
+import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ import torch
 
 import common
 from support import memory, runs
-from support.runs import setting
+from support.runs import setting, word_list
 
 # ------------------------------------------------------------------------------------------------
 # 1. Settings
@@ -43,6 +44,7 @@ LOSS_AVERAGES = ("sequence", "token", "constant")
 class GRPOSettings(runs.TrainSettings):
     """Stage 3. lr, steps and the like are GRPO's; the cold start has its own, which start with cold_."""
 
+    cold_start: bool = setting(True, "train on thinking traces first; false: GRPO starts from --model")
     cold_lr: float = setting(1e-4, "cold start: peak learning rate of AdamW")
     cold_muon_lr: float = setting(0.009, "cold start: peak learning rate of Muon")
     cold_tune: str = setting("lora", "cold start: lora or full", ("lora", "full"))
@@ -52,6 +54,7 @@ class GRPOSettings(runs.TrainSettings):
     cold_mix: float = setting(0.0, "cold start: rows of the stages before that are mixed in, for each trace")
     cold_format: float = setting(1.1, "cold start: stop when this share of sampled completions is well formed and legal")
     cold_eval_every: int = setting(100, "cold start: steps between measurements of that share")
+    types: list[str] = word_list("question types to learn, such as 'object size'; none: all")
     group_size: int = setting(8, "G: completions sampled for a question")
     max_new_tokens: int = setting(1024, "longest completion")
     temperature: float = setting(1.0, "of the rollout; 1: sampler and scorer are one distribution")
@@ -64,21 +67,25 @@ class GRPOSettings(runs.TrainSettings):
     mu: int = setting(1, "updates with the same rollout")
     mask_overlong: bool = setting(False, "leave completions that were cut at max_new_tokens out of the loss")
     legal_format: bool = setting(True, "reward the format only with a legal answer; false: the paper")
+    balance: bool = setting(False, "ask all pairs of a question type and a kind of pictures equally often")
     locate: float = setting(0.0, "share of localisation questions, rewarded by IoU")
+    locate_reward: float = setting(0.0, "weight of a third reward: the mean IoU of the boxes in the thought with those of the "
+                                        "objects in the question")  # fmt: skip
     show_every: int = setting(20, "steps between decoded samples in samples.jsonl")
 
 
 PRESETS = {
     "toy": {
-        "load": "fp32", "keep_features": True, "micro_batch": 64, "lr": 2.5e-3, "lora_rank": 32, "lora_alpha": 32, "steps": 80,
-        "mu": 2, "train_batch": 12, "group_size": 8, "max_new_tokens": 112, "locate": 0.25, "beta": 0.03, "warmup": 0.05,
+        "load": "fp32", "keep_features": True, "micro_batch": 4, "lr": 1e-3, "lora_rank": 32, "lora_alpha": 32, "steps": 60,
+        "train_batch": 16, "group_size": 8, "max_new_tokens": 208, "locate": 0.2, "beta": 0.03,
+        "warmup": 0.05,
         "cold_lr": 3e-4, "cold_muon_lr": 0.003, "cold_tune": "full", "cold_optimizer": "muon", "cold_steps": 200,
-        "cold_mix": 2.0, "cold_format": 0.3, "cold_eval_every": 10, "eval_every": 25, "save_every": 50,
+        "cold_mix": 2.0, "cold_format": 0.4, "cold_eval_every": 10, "eval_every": 20, "save_every": 30,
     },
     # The paper: 8 questions a step, beta .01, 1,024 new tokens, temperature 1, one epoch. Its script has G = 4; we sample 8.
     "3b": {
         "train_batch": 8, "group_size": 8, "lr": 1e-5, "checkpointing": True, "eval_batch": 16,
-        "min_pixels": 16 * 28 * 28, "max_pixels": 128 * 28 * 28,
+        "min_picture_tokens": 16, "max_picture_tokens": 128,
     },
 }  # fmt: skip
 
@@ -105,7 +112,7 @@ def check(settings):
 def cold_packs(settings, backbone):
     """Packs of thinking traces, and for each trace cold_mix rows of the stages before: what is not trained on is forgotten."""
     def load(kinds):
-        scenes = runs.training_scenes(settings, kinds, backbone.processor)
+        scenes = runs.training_scenes(settings, kinds, backbone)
         return common.make_packs(backbone.tokenizer, scenes, settings.branches, settings.seed)
 
     packs = load(["coldstart"])
@@ -170,14 +177,14 @@ def cold_start(settings):
         train_batch=settings.cold_train_batch, eval_every=settings.cold_eval_every,
         resume="never" if settings.resume == "never" else "auto",
     )  # fmt: skip
-    names = ["preset", "model", "data", "seed", "load", "min_pixels", "max_pixels", "branches", "warmup", "clip", "eval_scenes",
-             "seconds_per_grid"]  # fmt: skip
+    names = ["preset", "model", "data", "seed", "load", "min_picture_tokens", "max_picture_tokens", "branches", "warmup", "clip",
+             "eval_scenes", "seconds_per_grid", "fps", "types"]  # fmt: skip
     names += ["lora_rank", "lora_alpha"] * (cold.tune == "lora") + [name for name in vars(cold) if name.startswith("cold_")]
     if not runs.is_finished(cold, names):
         run = runs.Run(cold, {"loss": ["loss"], "sampled, training scenes": ["format", "accuracy_given_format"]})
-        backbone = common.load_backbone(cold.model, cold.load, cold.min_pixels, cold.max_pixels, runs.device())
+        backbone = common.load_backbone(cold.model, cold.load, cold.min_picture_tokens, cold.max_picture_tokens, runs.device())
         packs = cold_packs(cold, backbone)
-        probe = common.batch_at(runs.training_scenes(cold, ["spatial"], backbone.processor), 0, 64, 1)
+        probe = common.batch_at(runs.training_scenes(cold, ["spatial"], backbone), 0, 48, 1)
         common.adapt(backbone, cold)
         train_cold_start(backbone, packs, probe, cold, run)
         run.finish(backbone)
@@ -217,7 +224,20 @@ def rewards(texts, examples, settings):
     form = np.where(located, 1.0, form) * (legal if settings.legal_format else np.where(located, legal, True))
     # Accuracy counts only inside an <answer> block: a bare letter must not be rewarded.
     tagged = np.array([common.ANSWER.search(text) is not None for text in texts])
-    return {"format": form, "accuracy": accuracy * (tagged | located)}
+    terms = {"format": form, "accuracy": accuracy * (tagged | located)}
+    return terms | ({"boxes": settings.locate_reward * thought_iou(texts, examples)} if settings.locate_reward else {})
+
+
+def thought_iou(texts, examples):
+    """Grounded thinking (arXiv 2601.01984): the mean IoU of the boxes that a completion writes before its answer with the boxes
+    of the objects in the question, paired by label: (N,). 0 for an example without boxes."""
+    out = np.zeros(len(texts))
+    for row, (text, example) in enumerate(zip(texts, examples)):
+        written = re.search(r"\[\{.*?\}\]", text.split("<answer>")[0], re.DOTALL)
+        if written and example.boxes:
+            found = common.match_boxes(common.parse_boxes(written[0]), example.boxes)
+            out[row] = common.box_iou(found, [box["bbox_2d"] for box in example.boxes]).mean()
+    return out
 
 
 def group_advantages(reward, scale=True):
@@ -319,12 +339,22 @@ def evaluate(backbone, questions, boxes, settings):
     return scores
 
 
+def balanced(prompts):
+    """The prompts, with those of rare pairs (question type, kind of pictures) repeated until all pairs are equally frequent."""
+    pairs = {}
+    for prompt in prompts:
+        pairs.setdefault((prompt[1].question_type, prompt[1].data_type), []).append(prompt)
+    longest = max(map(len, pairs.values()))
+    return [group[i % len(group)] for group in pairs.values() for i in range(longest)]
+
+
 def grpo(backbone, prompts, questions, boxes, settings, run):
     """Rollout, rewards, advantages, update. prompts: [(Scene, Example)] to learn from; questions, boxes: held-out scenes."""
     located = [prompt for prompt in prompts if prompt[1].question_type == "locate"]
     asked = [prompt for prompt in prompts if prompt[1].question_type != "locate"]
     if not asked:
         raise SystemExit(f"{settings.data} has no spatial questions to ask.")
+    asked = balanced(asked) if settings.balance else asked
     n_located = round(settings.locate * settings.train_batch) if located else 0
     n_asked, group_size = settings.train_batch - n_located, settings.group_size
     steps = settings.steps or max(1, len(asked) // n_asked)
@@ -357,6 +387,7 @@ def grpo(backbone, prompts, questions, boxes, settings, run):
         # Update. The policy that sampled is the policy before the first update.
         counted = ended if settings.mask_overlong else torch.ones_like(ended)  # (B, G) completions in the loss
         live = [i for i in range(len(mine)) if alive[i] and counted[i].any()]
+        live.sort(key=lambda i: len(prefixes[i].ids))  # what is computed together is padded to the longest
         grad_norm, sums = update(backbone, optimizers, prefixes, groups, advantages, counted, live, settings, step, steps)
 
         # Log: means over all processes; kl, clip and entropy are means over tokens.
@@ -394,19 +425,24 @@ def check_memory(backbone, prompts, settings):
 def work(settings):
     """The cold start, then GRPO from its model. Every process runs this."""
     check(settings)
-    before = {"cold start": runs.model_files(Path(settings.out).parent / "coldstart" / "model")}
-    if runs.is_finished(settings, more=before):
+    first = Path(settings.out).parent / "coldstart" / "model" if settings.cold_start else settings.model
+    if runs.is_finished(settings, more={"cold start": runs.model_files(first)}):
         return
-    model = cold_start(settings)
+    if not settings.cold_start:
+        common.print0(f"no cold start: GRPO starts from {settings.model}")
+    model = cold_start(settings) if settings.cold_start else settings.model
     run = runs.Run(settings, {
         "reward": ["reward"], "groups": ["reward_std", "dead_groups", "cut"],
         "held-out scores": ["think", "iou"], "policy": ["kl", "entropy"],
     }, {"cold start": runs.model_files(model)})  # fmt: skip
-    backbone = common.load_backbone(model, settings.load, settings.min_pixels, settings.max_pixels, runs.device())
+    backbone = common.load_backbone(model, settings.load, settings.min_picture_tokens, settings.max_picture_tokens, runs.device())
     kinds = ["spatial"] + ["locate"] * (settings.locate > 0)
-    prompts = [(scene, e) for scene in runs.training_scenes(settings, kinds, backbone.processor) for e in scene.examples]
-    questions = runs.held_out_scenes(settings, ["spatial"], backbone.processor)
-    boxes = runs.held_out_scenes(settings, ["locate"], backbone.processor) if settings.locate else []
+    prompts = [(scene, e) for scene in runs.training_scenes(settings, kinds, backbone) for e in scene.examples]
+    questions = runs.held_out_scenes(settings, ["spatial"], backbone)
+    boxes = runs.held_out_scenes(settings, ["locate"], backbone) if settings.locate else []
+    for _, example in prompts if settings.locate_reward else []:
+        each = [replace(example, images=example.images[b.get("picture", 1) - 1 :], answer=[b]) for b in example.boxes or []]
+        example.boxes = [common.boxes_for_model(backbone, part)[0] for part in each]
     common.adapt(backbone, settings)
     grpo(backbone, prompts, questions, boxes, settings, run)
     run.finish(backbone)

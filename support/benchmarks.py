@@ -267,23 +267,20 @@ def read_items(name, settings, folder):
 
 
 def read_stage0(data, hint, folder):
-    """Spatial rows of a folder in stage 0's schema, with the boxes of the objects in the question. With a hint, those boxes
-    are drawn on the picture, and questions without boxes are left out (the paper's perception gap)."""
-
-    def first_picture(row):
-        return row["image"] if isinstance(row["image"], str) else row["image"][0]
-
+    """Spatial rows of a folder in stage 0's schema, or of your own photos, with the boxes of the objects in the question, if the
+    folder has them. With a hint, those boxes are drawn on the picture, and questions without boxes are left out (the paper's
+    perception gap)."""
     boxes = {}
-    for row in common.read_jsonl(data / common.FILES["locate"]):
-        boxes.setdefault((first_picture(row), row["question"]), row["answer"])
-    rows, items = common.read_jsonl(data / common.FILES["spatial"]), []
+    for example in common.read_examples(data, "locate") if common.data_file(data, "locate").is_file() else []:
+        boxes.setdefault((example.images[0], example.question), example.answer)
+    rows, items = common.read_jsonl(common.data_file(data, "spatial")), []
     objects = common.read_jsonl(data / "objects.jsonl") if (data / "objects.jsonl").is_file() else []  # the toy's
     by_picture = {row["image"][0]: row["objects"] for row in objects}
     for row, example in zip(rows, common.read_examples(data, "spatial")):
         text, found = " ".join([example.question, *(example.options or [])]), []
         if example.data_type == "single_image":
-            picture = first_picture(row)
-            found = boxes.get((picture, row["question"])) or [
+            picture = row["image"] if isinstance(row["image"], str) else row["image"][0]
+            found = boxes.get((example.images[0], example.question)) or [
                 o for o in by_picture.get(picture, []) if re.search(rf"\b{re.escape(o['label'])}\b", text)
             ]
         items.append(Item("stage0", row, example, {box["label"]: box["bbox_2d"] for box in found}))
@@ -552,10 +549,11 @@ def guess_scores(items):
         if item.example.question_type == "view_change_infer":
             scores[i] = view_change({}, parse_motions(truth))
         else:
-            groups.setdefault((item.example.question_type, len(options or [])), []).append((i, truth))
-    for (_, choices), members in groups.items():
+            words = bool(options) or common.parse_number(truth) is None  # a letter, or an exact text
+            groups.setdefault((item.example.question_type, len(options or []), words), []).append((i, str(truth).casefold()))
+    for (_, _, words), members in groups.items():
         rows, truths = zip(*members)
-        if choices:
+        if words:
             best = Counter(truths).most_common(1)[0][0]
             scores[list(rows)] = [truth == best for truth in truths]
         else:
@@ -564,12 +562,17 @@ def guess_scores(items):
     return scores
 
 
+def kind_of(example):
+    """The kind of pictures and the question type of an Example: "video: room size"."""
+    return f"{example.data_type}: {example.question_type}"
+
+
 def constant_guess(train, test):
-    """What the best constant answer of the training examples scores on the test examples, by question type.
+    """What the best constant answer of the training examples scores on the test examples, by kind (see kind_of).
 
     Directions are guessed by their word, among training questions with the same set of words; other choices by letter;
     numbers by the training answer with the highest mean relative accuracy.
-    Returns {question_type: score}: the baseline that every table shows.
+    Returns {kind: score}: the baseline that every table shows.
     """
 
     def choice(example):  # (words of the options, answer), as a constant guesser sees them
@@ -578,9 +581,9 @@ def constant_guess(train, test):
         words = {option[0]: option[2:].strip() for option in example.options}
         return tuple(sorted(words.values())), words[example.answer]
 
-    guess = {}
-    for kind in sorted({example.question_type for example in test}):
-        known, wanted = ([e for e in examples if e.question_type == kind] for examples in (train, test))
+    guess, kinds = {}, {kind_of(example) for example in test}
+    for kind in sorted(kinds, key=lambda kind: (common.DATA_TYPES.index(kind.split(":")[0]), kind)):
+        known, wanted = ([e for e in examples if kind_of(e) == kind] for examples in (train, test))
         if wanted[0].options:
             counts = Counter(choice(example) for example in known)
             best = {words: max((c for c in counts if c[0] == words), key=counts.get) for words, _ in counts}
@@ -592,9 +595,9 @@ def constant_guess(train, test):
 
 
 def skill(by_type, guess):
-    """Mean over question types of (score - guess) / (1 - guess): 0 = the best constant answer, 1 = perfect.
+    """Mean over kinds of (score - guess) / (1 - guess): 0 = the best constant answer, 1 = perfect.
 
-    A type that the constant answer solves needs no skill and is left out.
+    A kind that the constant answer solves needs no skill and is left out.
     """
     return float(np.mean([(by_type[kind] - guess[kind]) / (1 - guess[kind]) for kind in guess if guess[kind] < 1] or [0.0]))
 
@@ -670,19 +673,20 @@ def answer_attention(backbone, item, mode, max_new_tokens):
     beginnings = [backbone.tokenizer.decode(completion[:n]) for n in range(len(completion) + 1)]
     start = next((n for n, text in enumerate(beginnings) if "<answer>" in text), 0)  # tokens before the answer's first
     whole = common.extend_prefix(prefix, prompt + completion[:start])
-    language = model.language_model
+    language, picture = model.language_model, common.picture_mask(backbone, whole.ids)
     before = language.config._attn_implementation
     language.config._attn_implementation = "eager"  # the only one that returns its weights
     out = language(
         inputs_embeds=common.embed(backbone, whole.ids, [whole.features])[None], position_ids=whole.positions[:, None],
         output_attentions=True, use_cache=False,
+        **{"visual_pos_masks": picture[None], "deepstack_visual_embeds": whole.deepstack} if whole.deepstack else {},
     )  # fmt: skip
     language.config._attn_implementation = before
-    picture = whole.ids == model.config.image_token_id
     weights = torch.stack([layer[0, :, -1, picture].float().mean(0) for layer in out.attentions])  # (layers, picture tokens)
     with Image.open(item.example.images[0]) as image:
         width, height = common.resized_size(backbone.processor, *image.size)
-    weights = (weights / weights.sum(1, keepdim=True)).view(len(weights), height // 28, width // 28)
+    side = backbone.processor.patch_size * backbone.processor.merge_size  # pixels of a token
+    weights = (weights / weights.sum(1, keepdim=True)).view(len(weights), height // side, width // side)
     return weights.cpu().numpy(), common.decode(backbone, completion)
 
 

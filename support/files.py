@@ -34,7 +34,7 @@ def write_atomic(path, text):
     """Write a text file under another name, then rename it: the file at `path` is whole at any moment."""
     new = Path(path).with_name(f"{Path(path).name}.new")
     with disk_errors(path):
-        new.write_text(text, encoding="utf-8")
+        new.write_text(text, encoding="utf-8", newline="\n")  # the same bytes on all systems
         new.replace(path)
 
 
@@ -51,6 +51,37 @@ def save_model(backbone, folder):
             (model.merge_and_unload() if isinstance(model, PeftModel) else model).save_pretrained(new)
         backbone.tokenizer.save_pretrained(new)
         backbone.processor.save_pretrained(new)
+        write_older_names(common.unwrap(model).config.tie_word_embeddings, new)
+        write_atomic(new / common.WORDING_FILE, json.dumps(common.INSTRUCTIONS, indent=2))
+
+
+def write_older_names(tied, folder):
+    """Write what transformers 4.57 reads under other names into a model folder, too. Without it that version opens the folder with
+    an untied head, the wrong rotary embedding and its own pixel limits, mostly without an error. tied: whether the head is."""
+
+    def change(name, function):
+        values = json.loads((folder / name).read_text(encoding="utf-8"))
+        function(values)
+        write_atomic(folder / name, json.dumps(values, indent=2) + "\n")
+
+    def model(config):
+        text = config["text_config"]
+        rope = {name: value for name, value in text["rope_parameters"].items() if name != "type"}
+        config["tie_word_embeddings"] = text["tie_word_embeddings"] = tied
+        text |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+
+    def pictures(config):
+        config |= {"min_pixels": config["size"]["shortest_edge"], "max_pixels": config["size"]["longest_edge"]}
+
+    def tokenizer(config):
+        if config["tokenizer_class"] == "TokenizersBackend":
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(config.get("extra_special_tokens"), list):
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+
+    change("config.json", model)
+    change("preprocessor_config.json", pictures)
+    change("tokenizer_config.json", tokenizer)
 
 
 def merge_into_files(backbone, folder):
@@ -97,7 +128,7 @@ def whole_folder(path):
     new.mkdir(parents=True)
     yield new
     remove_folder(path)
-    new.rename(path)
+    new.replace(path)
 
 
 def remove_folder(path):
@@ -105,5 +136,5 @@ def remove_folder(path):
     old = path.with_name(f"{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
-        path.rename(old)
+        path.replace(old)
         shutil.rmtree(old, ignore_errors=True)

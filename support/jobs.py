@@ -56,10 +56,10 @@ def prepare(root, config, settings, made_from):
         defaults = {part.name: part.default for part in fields(settings)}
         for path in (manifest, begun):
             if path.is_file():
-                runs.refuse_others(root, defaults | json.loads(path.read_text()).get("config", {}), config, config)
+                runs.refuse_others(root, defaults | json.loads(path.read_text(encoding="utf-8")).get("config", {}), config, config)
         if manifest.is_file():
             drop_parts(root)
-            facts = json.loads(manifest.read_text())
+            facts = json.loads(manifest.read_text(encoding="utf-8"))
             left_out = len(facts.get("failed_rooms", []))
             note = f", without {left_out} rooms that failed" if left_out else ""
             note += "" if facts.get("made_from", made_from) == made_from else " (the code or the input files have changed since)"
@@ -77,7 +77,7 @@ def prepare(root, config, settings, made_from):
 
 def read_part(path, made_from):
     """The result in a part, or None if it is missing, has another fingerprint, or says that its room failed."""
-    part = json.loads(path.read_text()) if path.is_file() else {}
+    part = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return part["result"] if part.get("made_from") == made_from and "failed" not in part["result"] else None
 
 
@@ -88,8 +88,9 @@ def process_rooms(function, jobs, root, workers, desc):
     (root / "parts").mkdir(parents=True, exist_ok=True)
     paths = {name: root / "parts" / f"{name}.json" for name, _, _ in jobs}
     todo = [(name, made_from, job) for name, made_from, job in jobs if read_part(paths[name], made_from) is None]
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    pool = ProcessPoolExecutor(workers, context, start_worker)
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    most = 61 if sys.platform == "win32" else workers  # that Windows can wait for
+    pool = ProcessPoolExecutor(min(workers, most), context, start_worker)
     try:
         futures = {pool.submit(function, job): (paths[name], made_from) for name, made_from, job in todo}
         for future in tqdm(as_completed(futures), desc, total=len(jobs), initial=len(jobs) - len(todo)):
@@ -100,7 +101,7 @@ def process_rooms(function, jobs, root, workers, desc):
         raise SystemExit(message) from None
     finally:
         pool.shutdown(cancel_futures=True)
-    return [json.loads(path.read_text())["result"] for path in paths.values()]
+    return [json.loads(path.read_text(encoding="utf-8"))["result"] for path in paths.values()]
 
 
 def start_worker():

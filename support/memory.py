@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import psutil
 import torch
-from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil
 
 import common
 from common import print0
@@ -13,22 +13,31 @@ from support import runs
 
 
 def scene_length(backbone, scene):
-    """Tokens of a scene's prefix, from the size of its first picture. Raises SystemExit if that cannot be read."""
+    """Tokens of a scene's prefix (at most, if it has times), from the size of its first picture. Raises SystemExit if that
+    cannot be read."""
     processor, video, count = backbone.processor, scene.data_type == "video", len(scene.images)
     side = processor.patch_size * processor.merge_size  # pixels of a token
-    if scene.images[0].endswith(".mp4"):
+    if common.is_video(scene.images[0]):
         tokens, count = processor.size["longest_edge"] // side**2, backbone.frames  # at most
     else:
         tokens = math.prod(common.resized_size(processor, *common.picture_size(scene.images[0]))) // side**2
     pictures = math.ceil(count / 2) if video else count
-    around = len(common.encode_text(backbone.tokenizer, common.PREFIX_START)) + 2 * (1 if video else pictures)
-    return around + pictures * tokens
+    timed = video and backbone.family.timed
+    around = 2 + timed * len(common.encode_text(backbone.tokenizer, "<9999.9 seconds>"))  # tokens around a vision span
+    spans = 1 if video and not timed else pictures
+    return len(common.encode_text(backbone.tokenizer, common.PREFIX_START)) + spans * around + pictures * tokens
 
 
 def pack_lengths(backbone, packs):
     """Token counts of packs: [(prefix, [(prompt, completion), ...]), ...]."""
     prefixes = {id(scene): scene_length(backbone, scene) for scene in {id(pack.scene): pack.scene for pack in packs}.values()}
     return [(prefixes[id(pack.scene)], [(len(prompt), len(text)) for prompt, text in pack.pairs]) for pack in packs]
+
+
+def cached_numbers(text):
+    """Numbers that a token's keys and values have in all layers. text: the language model's configuration."""
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * width
 
 
 def stored_by_layer(backbone, prefixes, branches):
@@ -72,12 +81,11 @@ def memory_budget(backbone, settings, prefixes, branches, learnt, cached):
         stored, inner = layers * tokens * text.hidden_size * number, layer + inner
     else:
         stored = layers * layer
-    heads = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
     parts = {
         "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
         # Gradients, AdamW's two averages (Muon has one), and a float32 copy if the weights are bf16; see make_optimizers.
         "optimizer": sum(p.numel() * (p.element_size() + 8 + 4 * (p.element_size() < 4)) for p in trained),
-        "cache": cached * 2 * layers * heads * number,
+        "cache": cached * cached_numbers(text) * number,
         # The copy of common.merged_layers; check_memory does without it where there is no room.
         "merged": sum(m.in_features * m.out_features for m in adapted) * number * backbone.merge_decoding,
         "activations": stored + inner,
@@ -92,7 +100,8 @@ LOWER = {  # what to change if a part of the budget is the largest
     "weights": "--load 4bit",
     "optimizer": "--tune lora, or a lower --lora_rank",
     "cache": "a lower --eval_batch (scoring), or --train_batch, --max_new_tokens and --group_size (stage 3)",
-    "activations": "--checkpointing true, then a lower --micro_batch, --max_pixels and --branches (stage 3: --max_new_tokens)",
+    "activations": "--checkpointing true, then a lower --micro_batch, --max_picture_tokens and --branches (stage 3: "
+                   "--max_new_tokens)",
 }
 
 
@@ -133,7 +142,7 @@ def check_memory(backbone, settings, lengths, new_tokens, rollout=0):
         raise SystemExit(f"This needs {peak / 1e9:.1f} GB of {available / 1e9:.1f} GB. Most is {most}: try {LOWER[most]}.")
 
 
-def check_answers(path, load, scenes, mode, settings, new_tokens, min_pixels=None, max_pixels=None):
+def check_answers(path, load, scenes, mode, settings, new_tokens, min_picture_tokens=None, max_picture_tokens=None):
     """Print one line about the memory that answering needs at its largest, before the weights of `path` are loaded.
 
     scenes: those of this process, as answer_batches gets them. Counted are the weights, and for the largest batch the cache (each
@@ -144,22 +153,26 @@ def check_answers(path, load, scenes, mode, settings, new_tokens, min_pixels=Non
     common.check_model_folder(path, load)
     try:
         tokenizer, config = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
-        processor = Qwen2VLImageProcessorPil.from_pretrained(path, min_pixels=min_pixels, max_pixels=max_pixels)
+        processor, family = Qwen2VLImageProcessorPil.from_pretrained(path), common.family_of(config)
+        common.limit_pictures(processor, min_picture_tokens, max_picture_tokens)
         with torch.device("meta"):  # shapes without memory
-            model = Qwen2_5_VLForConditionalGeneration(config)
+            model = family.model(config)
     except Exception:  # load_backbone says what is wrong with the folder
         return
-    text, vision, size = config.text_config, config.vision_config, 4 if load == "fp32" else 2
+    text, size = config.text_config, 4 if load == "fp32" else 2
     numbers = sum(parameter.numel() for parameter in model.parameters())
     settings.eval_batch = settings.eval_batch or (256 if numbers < 1e8 else 16)
     linear = sum(m.weight.numel() for m in model.model.language_model.modules() if isinstance(m, torch.nn.Linear))
     weights = numbers * size - (linear * (2 - 0.516) if load == "4bit" else 0)  # nf4 and its scales: 0.516 bytes a number
-    token = 2 * text.num_hidden_layers * text.hidden_size // text.num_attention_heads * text.num_key_value_heads * size  # cache
+    token = cached_numbers(text) * size  # cache
     layer = (3 * text.intermediate_size + 5 * text.hidden_size) * size  # a token inside a layer
-    # A token of a picture is 4 patches of 1,176 float32, read, copied, and read ahead. In the vision tower the MLP or the rotary
-    # embedding (seven tensors in float32) needs most.
-    tower = 4 * (3 * 1176 * 4 + max(3 * (vision.hidden_size + vision.intermediate_size) * size, 28 * vision.hidden_size))
-    light, batches = SimpleNamespace(tokenizer=tokenizer, processor=processor, frames=settings.frames), []
+    # A token of a picture is merge x merge patches in float32, read, copied, and read ahead. In the vision tower the MLP or the
+    # rotary embedding (seven tensors in float32) needs most.
+    wide, *shape = model.model.visual.patch_embed.proj.weight.shape  # of the tower, and of a patch
+    inner = max(m.out_features for m in model.model.visual.blocks[0].mlp.modules() if isinstance(m, torch.nn.Linear))
+    tower = processor.merge_size**2 * (3 * math.prod(shape) * 4 + max(3 * (wide + inner) * size, 28 * wide))
+    light = SimpleNamespace(tokenizer=tokenizer, processor=processor, frames=settings.frames, family=family)
+    batches = []
     list(runs.answer_batches(None, scenes, mode, 0, eval_batch=settings.eval_batch, skip=lambda part: batches.append(part) or True))
     prompts = [common.prompt_text(e, mode) + common.BRANCH_END for scene in scenes for e in scene.examples]
     answer = max(map(len, tokenizer(prompts)["input_ids"])) + new_tokens if prompts else 0
@@ -176,7 +189,8 @@ def check_answers(path, load, scenes, mode, settings, new_tokens, min_pixels=Non
            f"{peak / 1e6:,.0f} of {available / 1e6:,.0f}")  # fmt: skip
     if peak > available:
         lower = {"weights": "--load 4bit (or bf16), or fewer --processes", "cache": "a lower --eval_batch or --max_new_tokens",
-                 "activations": "a lower --eval_batch, --max_pixels or --frames", "logits": "a lower --eval_batch"}  # fmt: skip
+                 "activations": "a lower --eval_batch, --max_picture_tokens or --frames",
+                 "logits": "a lower --eval_batch"}  # fmt: skip
         most = max(lower, key=parts.get)
         raise SystemExit(f"This needs {peak / 1e9:.1f} GB of {available / 1e9:.1f} GB. Most is {most}: try {lower[most]}.")
     runs.barrier()  # what the others load must not count as used

@@ -54,15 +54,18 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self):
-        """One update of every matrix that has a gradient."""
+        """One update of every matrix that has a gradient. Each process orthogonalises its share of the matrices."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    momentum = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-                    momentum.lerp_(parameter.grad, 1 - group["momentum"])
-                    update = orthogonalize(parameter.grad.lerp(momentum, group["momentum"]))  # Nesterov
-                    rows, columns = parameter.shape
-                    parameter.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+            trained, updates = [p for p in group["params"] if p.grad is not None], []
+            for number, parameter in enumerate(trained):
+                momentum = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+                momentum.lerp_(parameter.grad, 1 - group["momentum"])
+                mine = number % world_size() == rank()
+                update = parameter.grad.lerp(momentum, group["momentum"])  # Nesterov
+                updates.append(orthogonalize(update) if mine else torch.zeros_like(parameter))
+            for parameter, update in zip(trained, all_reduce_tensors(updates)):
+                rows, columns = parameter.shape
+                parameter.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
 def orthogonalize(matrix, steps=5):
@@ -144,6 +147,18 @@ def setting(default, help, choices=None):
     return field(default=default, metadata={"help": help} | ({"choices": choices} if choices else {}))
 
 
+def word_list(help, choices=None, repeat=False):
+    """A field of a settings dataclass that takes several words; repeat: also after several flags of its name."""
+    more = ({"choices": choices} if choices else {}) | ({"action": "extend"} if repeat else {})
+    return field(default_factory=list, metadata={"help": help} | more)
+
+
+def wording():
+    """The field --instruction: a list of words on the command line, a dict in the settings (see common.read_instructions)."""
+    text = "ask in other words: MODE=TEXT or MODE=@FILE, MODE as in INSTRUCTIONS of common.py; empty: as the model was trained"
+    return field(default_factory=list, metadata={"help": text, "action": "extend"})
+
+
 @dataclass
 class Settings:
     """What all scripts share. A stage adds its own fields, and preset values for "toy" and "3b"."""
@@ -156,6 +171,7 @@ class Settings:
     max_steps: int = setting(0, "stop after this many optimiser steps (0: no limit); the schedule stays as planned")
     resume: str = setting("auto", "auto: resume this run if it was stopped; never: start again", ("auto", "never"))
     seconds_per_grid: float = setting(1.0, "videos: seconds between two pairs of frames, for their positions (Qwen's code: 1)")
+    fps: float = setting(30.0, "Qwen3-VL, videos as numbered pictures: their frames a second (ScanNet: 30)")
     cuda_graph: bool = setting(True, "on a GPU: capture the decoding step as a CUDA graph")
     processes: int = setting(2, "processes that share the work on a CPU; on GPUs use torchrun")
 
@@ -172,8 +188,8 @@ class TrainSettings(Settings):
     lora_alpha: int = setting(32, "scale of the adapters: alpha / rank")
     train_vision: bool = setting(False, "train the vision tower, too (only with --tune full)")
     checkpointing: bool = setting(False, "recompute activations in the backward pass: slower, far less memory")
-    min_pixels: int = setting(0, "smallest picture in pixels; 0: as in the model folder")
-    max_pixels: int = setting(0, "largest picture in pixels; 0: as in the model folder")
+    min_picture_tokens: int = setting(0, "smallest picture in tokens (28 x 28 pixels; Qwen3-VL: 32 x 32); 0: the model's own")
+    max_picture_tokens: int = setting(0, "largest picture in tokens; 0: the model's own")
     keep_features: bool = setting(False, "keep the frozen vision tower's output of each scene in memory (small pictures only)")
     optimizer: str = setting("adamw", "adamw; or muon for the language model's matrices and AdamW for the rest", tuple(OPTIMIZERS))
     lr: float = setting(1e-4, "peak learning rate of AdamW (LoRA needs about ten times that of full tuning)")
@@ -188,6 +204,7 @@ class TrainSettings(Settings):
     eval_every: int = setting(100, "steps between scores on held-out scenes")
     eval_scenes: int = setting(64, "held-out scenes scored during training; 0: hold none out, train on all")
     save_every: int = setting(100, "steps between checkpoints")
+    instruction: list[str] = wording()
     track: str = setting("off", "also log to tensorboard or wandb (must be installed)", ("off", "tensorboard", "wandb"))
 
 
@@ -215,6 +232,8 @@ def parse_settings(cls, presets, stage, before="", argv=None):
         value, zero = getattr(settings, part.name), part.default == 0 or re.search(r"\b0:", part.metadata["help"])
         if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and zero):
             parser.error(f"--{part.name} {value}: give {'0 or more' if zero else 'more than 0'}")
+    if hasattr(settings, "instruction"):
+        settings.instruction = common.read_instructions(settings.instruction)
     settings.data = settings.data or f"data/{preset}"
     settings.out = settings.out or f"runs/{preset}/{stage}"
     if before and not settings.model:
@@ -260,8 +279,9 @@ def share(items):
 
 
 def micro_batches(batch, size):
-    """This process's share of a batch, in lists of at most `size` items."""
-    mine = share(batch)
+    """This process's share of a batch of packs, in lists of at most `size`, those with few pictures first: what is computed
+    together is padded to the longest."""
+    mine = sorted(share(batch), key=lambda pack: len(pack.scene.images))
     return [mine[i : i + size] for i in range(0, len(mine), size)]
 
 
@@ -282,15 +302,22 @@ def all_reduce(values):
     return tensor.tolist()
 
 
+def all_reduce_tensors(tensors):
+    """Sum a list of tensors over the processes: a list of new tensors (the same ones with a single process)."""
+    if not dist.is_initialized() or not tensors:
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    return [part.view_as(tensor) for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]))]
+
+
 def all_reduce_gradients(parameters):
     """Sum the gradients of trainable parameters over the processes, in place."""
-    if not dist.is_initialized():
-        return
     parameters = [p for p in parameters if p.requires_grad]
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-    dist.all_reduce(flat)
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters])):
-        parameter.grad = part.view_as(parameter)
+    if dist.is_initialized():
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        for parameter, gradient in zip(parameters, all_reduce_tensors(gradients)):
+            parameter.grad = gradient
 
 
 CGROUPS, PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # what a container or a job of a cluster may use
@@ -330,7 +357,13 @@ def launch(work, settings, graceful=False):
         errors, port = START.SimpleQueue(), str(get_free_port())
         try:
             args = (work, settings, port, stop_flag, errors)
-            torch.multiprocessing.start_processes(worker, args, settings.processes, start_method=START.get_start_method())
+            processes = torch.multiprocessing.start_processes(
+                worker, args, settings.processes, join=False, start_method=START.get_start_method()
+            )
+            ended = False
+            while not ended:
+                with contextlib.suppress(InterruptedError):  # Windows: a handled Ctrl-C ends the wait
+                    ended = processes.join()
         except torch.multiprocessing.ProcessExitedException as error:
             raise SystemExit(130 if error.exit_code == 130 else f"\n{LOST if errors.empty() else errors.get()}") from None
 
@@ -358,11 +391,9 @@ def worker(number, work, settings, port, flag, errors):
 
 def end_with_parent():
     """End this process soon after its parent, even if that was killed and this one is busy or waits for another."""
-    parent = os.getppid()
 
     def watch():
-        while os.getppid() == parent:
-            time.sleep(0.2)
+        multiprocessing.parent_process().join()  # on all systems; the number of a parent that has ended stays on Windows
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -417,6 +448,8 @@ def error_text(error, settings):
                 f"this, then rerun {command} to resume.")  # fmt: skip
     if isinstance(error, RuntimeError) and re.search(r"gloo.*(Connection|Broken pipe)", str(error), re.DOTALL):
         return ""
+    if isinstance(error, RuntimeError) and re.search("gloo device|interface or hostname", str(error)):  # seen on Windows
+        return f"The processes cannot reach each other on this computer ({error}). Use --processes 1."
     return "".join(traceback.format_exception(error)).strip()
 
 
@@ -463,11 +496,12 @@ def handle_signals(settings, graceful=False):
 HELD_OUT = 0.02  # share of the rooms that is never trained on, where the data has no heldout/ folder
 
 
-def room_of(path):
-    """The room that a picture shows: the name of its folder, or of a file directly in images/. ScanNet's scene0011_00 and
-    scene0011_01 are two scans of one room, scene0011."""
+def room_of(path, data=""):
+    """The room that a picture shows: the name of its folder, or of a file directly in images/ or in the folder `data`. ScanNet's
+    scene0011_00 and scene0011_01 are two scans of one room, scene0011."""
     path = Path(path)
-    return re.sub(r"^(scene\d{4})_\d\d$", r"\1", path.stem if path.parent.name == "images" else path.parent.name)
+    alone = path.parent.name == "images" or data and str(path.parent) == os.path.realpath(data)
+    return re.sub(r"^(scene\d{4})_\d\d$", r"\1", path.stem if alone else path.parent.name)
 
 
 def held_out_rooms(settings):
@@ -481,34 +515,35 @@ def held_out_rooms(settings):
         return rooms
     has_folder = (data / "heldout").is_dir()
     data = data / "heldout" if has_folder else data
-    for name in common.FILES.values():
-        path = data / name
+    folder = lru_cache(None)(lambda name: common.picture_folder(data, name))
+    for path in dict.fromkeys(common.data_file(data, kind) for kind in common.FILES):
         for row in common.read_jsonl(path) if path.is_file() and path.stat().st_size else []:
             for image in [row["image"]] if isinstance(row.get("image"), str) else row.get("image") or []:
-                picture = data / "images" / str(image)
-                rooms.add(room_of(Path(real(picture.parent)) / picture.name))
+                picture = folder(str(image)) / str(image)
+                rooms.add(room_of(Path(real(picture.parent)) / picture.name, data))
     count = len(rooms) if has_folder else max(1, round(HELD_OUT * len(rooms))) if len(rooms) > 1 else 0
     return set(random.Random(0).sample(sorted(rooms), count))
 
 
-def training_scenes(settings, kinds, processor):
+def training_scenes(settings, kinds, backbone):
     """The scenes of `settings.data` with their rows of `kinds` (keys of common.FILES), without those of held_out_rooms."""
     rooms = held_out_rooms(settings)
-    scenes = common.load_scenes(settings.data, kinds, processor)
-    kept = [scene for scene in scenes if not rooms & {room_of(path) for path in scene.images}]
+    scenes = common.load_scenes(settings.data, kinds, backbone, getattr(settings, "types", ()))
+    kept = [scene for scene in scenes if not rooms & {room_of(path, settings.data) for path in scene.images}]
     if rooms:
         print0(f"{len(kept)} training scenes; left out: {len(scenes) - len(kept)} scenes of {len(rooms)} held-out rooms")
     return kept
 
 
-def held_out_scenes(settings, kinds, processor):
+def held_out_scenes(settings, kinds, backbone):
     """At most `settings.eval_scenes` scenes to score during training, the same ones each time: from the heldout/ folder, or
     from held_out_rooms."""
     folder, rooms = Path(settings.data) / "heldout", held_out_rooms(settings)
     if not settings.eval_scenes or not (rooms or folder.is_dir()):
         return []
-    scenes = common.load_scenes(folder if folder.is_dir() else settings.data, kinds, processor)
-    scenes = [scene for scene in scenes if rooms & {room_of(path) for path in scene.images}]
+    data = folder if folder.is_dir() else settings.data
+    scenes = common.load_scenes(data, kinds, backbone)
+    scenes = [scene for scene in scenes if rooms & {room_of(path, data) for path in scene.images}]
     return random.Random(0).sample(scenes, min(settings.eval_scenes, len(scenes)))
 
 
@@ -593,6 +628,8 @@ def run_config(settings, more=()):
     (with the names and sizes of the pictures), and `more`, {what: paths}."""
     roots = [Path(settings.data), Path(settings.data) / "heldout"]
     rows = [root / name for root in roots for name in (*common.FILES.values(), "objects.jsonl", "images")]
+    own = [root for root in roots if common.data_file(root, "spatial").name != common.FILES["spatial"]]
+    rows += [path for root in own for path in (common.data_file(root, "spatial"), root)]  # pictures may lie beside the rows
     files = {"model": model_files(settings.model), "data": rows} | dict(more)
     return asdict(settings) | {"digests": {name: digest(paths) for name, paths in files.items()}}
 
@@ -643,6 +680,7 @@ class Run:
         Raises SystemExit if the folder has a checkpoint that was made with other settings, or from another model or other data.
         """
         self.settings, self.panels, self.folder = settings, panels, Path(settings.out)
+        common.use_instructions(settings.model, settings.instruction)
         self.config = run_config(settings, more)
         self.checkpoint = self.folder / "checkpoint.pt"
         self.scores, self.skipped, self.ended, self.tracker = {}, 0, False, None
@@ -779,7 +817,8 @@ class Run:
     def read_checkpoint(self):
         """The checkpoint, its tensors still on the disk. Raises SystemExit if it is broken or was made with other settings."""
         with self.checkpoint_errors():
-            state = torch.load(self.checkpoint, map_location="cpu", mmap=True, weights_only=True)
+            mapped = sys.platform != "win32"  # there a file cannot be replaced while it is mapped
+            state = torch.load(self.checkpoint, map_location="cpu", mmap=mapped, weights_only=True)
             step, made = int(state["step"]), dict(state["config"])
         refuse_others(self.folder, made, self.config, [name for name in self.config | made if name not in FREE])
         print0(f"resuming from step {step} of {self.checkpoint}")

@@ -1,6 +1,6 @@
-"""The toy: rooms with coloured solids, and a tiny Qwen2.5-VL that sees them.
+"""The toy: rooms with coloured solids, and a tiny Qwen2.5-VL (or Qwen3-VL) that sees them.
 
-1 rooms      random solids on a floor, and eight cameras around them
+1 rooms      random solids on a floor: small rooms with eight cameras around them, larger ones with a camera that turns
 2 pictures   a ray caster: colour, depth and the solid behind every pixel
 3 files      a room in ScanNet's own layout, so that stage 0 reads it with the reader of the real data
 4 the base   tokenizer, model, and the training of its vision tower
@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from plyfile import PlyData, PlyElement
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
 
 import common
 from support import files, runs
@@ -36,7 +36,10 @@ SIDE = 112  # pixels: 4 x 4 picture tokens of 28 x 28
 FOCAL = 126.0
 PITCH = math.radians(60)  # downwards: nearer things are lower in the picture
 CAMERA_HEIGHT, CAMERA_BACK = 5.5, 3.2  # metres above the floor and from the centre of the room
-ROOM = 5.0  # metres: side of the square floor
+SIZES = 0.5, 1.65  # metres: smallest and largest solid
+HALVES = 2.8, 5.4  # metres from the turning camera to the walls
+TOUR = 0, 20, 60, 80, 120, 140, 180, 200  # numbers of the frames of a turning camera: two frames for each quarter
+SECOND_TURN = math.radians(8)  # between the two frames of a quarter: the halves of a video's temporal patch differ
 
 
 def toy_intrinsics():
@@ -44,34 +47,26 @@ def toy_intrinsics():
     return np.array([[FOCAL, 0, (SIDE - 1) / 2], [0, FOCAL, (SIDE - 1) / 2], [0, 0, 1]])
 
 
-def toy_camera(yaw):
-    """Camera-to-world matrix (4, 4) of a camera at angle `yaw` that looks down at the centre of the room. Camera axes: x right,
-    y down, z forward."""
-    level = np.array([-math.sin(yaw), math.cos(yaw), 0.0])  # horizontal viewing direction
-    right = np.array([math.cos(yaw), math.sin(yaw), 0.0])
-    forward = math.cos(PITCH) * level + np.array([0, 0, -math.sin(PITCH)])
+def toy_camera(yaw, back=CAMERA_BACK):
+    """Camera-to-world matrix (4, 4) of a camera that looks down in direction `yaw`, from `back` metres behind the centre of the
+    room. Camera axes: x right, y down, z forward."""
+    (c, s), (flat, steep) = (math.cos(yaw), math.sin(yaw)), (math.cos(PITCH), math.sin(PITCH))
+    level = np.array([-s, c, 0.0])  # horizontal viewing direction
     pose = np.eye(4)
-    pose[:3, :3] = np.stack([right, np.cross(forward, right), forward], axis=1)
-    pose[:3, 3] = -CAMERA_BACK * level + np.array([0, 0, CAMERA_HEIGHT])
+    pose[:3, :3] = np.array([[c, steep * s, -flat * s], [s, -steep * c, flat * c], [0, -flat, -steep]])  # columns: x, y, z
+    pose[:3, 3] = -back * level + np.array([0, 0, CAMERA_HEIGHT])
     return pose
 
 
 def make_room(rng):
-    """Draw a room: a dict of solids (shape, colour, size, x, y, yaw), eight cameras and the colour of the floor.
+    """Draw a small room with eight cameras around it: a dict of solids (shape, colour, size, x, y, yaw), cameras, numbers (of
+    the frames in the recording), half (of the floor's sides, in metres) and the colour of the floor.
 
-    Colours are unique, except that three rooms in ten repeat one solid, for counting questions. In every picture all solids
-    are inside the frame and their centres are in different 28-pixel cells.
+    Colours are unique. In every picture all solids are inside the frame and their centres are in different 28-pixel cells.
     """
-    colours = rng.sample(sorted(COLOURS), 3)
-    names = [(rng.choice(SHAPES), colour) for colour in colours]
-    if rng.random() < 0.3:
-        count = rng.choice([2, 3, 4])
-        names = [names[0]] * count + (names[1 : rng.choice([1, 2])] if count < 4 else [])
-    else:
-        names = names[: rng.choice([1, 2, 3, 3])]  # a solid alone in its room is the easiest case to learn from
-    largest = 1.65 if len(names) < 4 else 0.9  # four large solids would rarely fit
+    names = [(rng.choice(SHAPES), colour) for colour in rng.sample(sorted(COLOURS), rng.choice([1, 2, 3, 3, 3]))]
     while True:
-        sizes = [0.45 * (largest / 0.45) ** rng.random() for _ in names]  # not redrawn below, or mostly small solids would pass
+        sizes = [log_uniform(rng, *SIZES) for _ in names]  # not redrawn below, or mostly small solids would pass
         for _ in range(60):
             cameras = [toy_camera((side + rng.uniform(-0.4, 0.4)) * math.pi / 4) for side in range(8)]
             solids = [
@@ -80,14 +75,66 @@ def make_room(rng):
                 for (shape, colour), size in zip(names, sizes)
             ]  # fmt: skip
             if all(well_placed(solids, camera) for camera in cameras):
-                return {"solids": solids, "cameras": cameras, "floor": [rng.randint(120, 190) for _ in range(3)]}
+                return {"solids": solids, "cameras": cameras, "numbers": range(0, 160, 20), "half": (2.5, 2.5),
+                        "floor": [rng.randint(120, 190) for _ in range(3)]}  # fmt: skip
+
+
+def log_uniform(rng, low, high):
+    """A random number whose logarithm is uniform."""
+    return low * (high / low) ** rng.random()
+
+
+def make_tour(rng):
+    """Draw a room with a camera in its middle that turns to the right, a quarter at a time: a dict as from make_room, with two
+    frames of each quarter. Every solid is whole in one quarter's first frame and outside the other three: what is asked about
+    several solids must be put together from several pictures."""
+    names = [(rng.choice(SHAPES), colour) for colour in rng.sample(sorted(COLOURS), rng.choice([3, 4, 4, 5, 5, 6]))]
+    if rng.random() < 0.4:
+        names = names[:1] * rng.choice([2, 3, 4]) + names[1 : rng.choice([2, 3])]
+    start = rng.uniform(0, 2 * math.pi)
+    yaws = [start - quarter * math.pi / 2 for quarter in range(4)]
+    cameras = [toy_camera(yaw, 0) for yaw in yaws]
+    while True:
+        half = [log_uniform(rng, *HALVES) for _ in range(2)]
+        quarters = rng.sample(range(4), 4) + [rng.randrange(4) for _ in names]
+        solids = []
+        for (shape, colour), quarter in zip(names, quarters):
+            for _ in range(60):
+                distance, yaw = rng.uniform(1.2, max(half)), yaws[quarter] + rng.uniform(-0.6, 0.6)
+                solid = {"shape": shape, "colour": colour, "size": log_uniform(rng, *SIZES), "yaw": rng.uniform(0, math.pi / 2),
+                         "x": -distance * math.sin(yaw), "y": distance * math.cos(yaw)}  # fmt: skip
+                within = all(abs(solid[axis]) + 0.75 * solid["size"] < side for axis, side in zip("xy", half))
+                here = [other for other, place in zip(solids, quarters) if place == quarter]
+                if within and well_placed([*here, solid], cameras[quarter]) and do_not_touch([*solids, solid]) and all(
+                    is_outside(solid, camera) for camera in cameras if camera is not cameras[quarter]
+                ):  # fmt: skip
+                    solids.append(solid)
+                    break
+        if len(solids) == len(names):
+            turned = [toy_camera(yaw - SECOND_TURN, 0) for yaw in yaws]
+            return {"solids": solids, "cameras": [camera for pair in zip(cameras, turned) for camera in pair],
+                    "numbers": TOUR, "half": half,
+                    "floor": [rng.randint(120, 190) for _ in range(3)]}  # fmt: skip
+
+
+def do_not_touch(solids):
+    """Whether there is room between all solids."""
+    return all(
+        math.hypot(a["x"] - b["x"], a["y"] - b["y"]) >= 0.75 * (a["size"] + b["size"]) + 0.2
+        for a, b in itertools.combinations(solids, 2)
+    )  # fmt: skip
+
+
+def is_outside(solid, camera):
+    """Whether no part of a solid is inside the picture."""
+    x1, y1, x2, y2 = outline(solid, camera)
+    return x2 < -0.5 or y2 < -0.5 or max(x1, y1) > SIDE - 0.5
 
 
 def well_placed(solids, camera):
     """Whether the solids do not touch, are inside the picture, and have their centres in different cells of it."""
-    for a, b in itertools.combinations(solids, 2):
-        if math.hypot(a["x"] - b["x"], a["y"] - b["y"]) < 0.75 * (a["size"] + b["size"]) + 0.2:
-            return False
+    if not do_not_touch(solids):
+        return False
     cells = set()
     for solid in solids:
         x1, y1, x2, y2 = outline(solid, camera)
@@ -103,7 +150,7 @@ def outline(solid, camera):
     corners = itertools.product((-half, half), (-half, half), (0, solid["size"]))
     points = np.array([[solid["x"] + x, solid["y"] + y, z] for x, y, z in corners])  # (8, 3)
     points = (points - camera[:3, 3]) @ camera[:3, :3]  # in the camera's axes
-    u, v = (points @ toy_intrinsics().T)[:, :2].T / points[:, 2]  # (8,) each
+    u, v = (points @ toy_intrinsics().T)[:, :2].T / np.maximum(points[:, 2], 0.01)  # (8,) each; far outside if behind the camera
     return u.min(), v.min(), u.max(), v.max()
 
 
@@ -117,10 +164,11 @@ def render(room, camera):
     rows, columns = np.mgrid[:SIDE, :SIDE]
     pixels = np.stack([columns, rows, np.ones_like(rows)], -1) @ np.linalg.inv(toy_intrinsics()).T  # (H, W, 3), z = 1
     ray, origin = pixels @ camera[:3, :3].T, camera[:3, 3]  # a step of 1 along `ray` is a depth of 1 m
-    half, light = ROOM / 2, np.array([0.35, -0.25, 0.9])
+    light = np.array([0.35, -0.25, 0.9])
 
     # The room is a box of which only the inner faces are drawn: the nearest face that a ray leaves through.
-    low, high = np.array([-half, -half, 0.0]), np.array([half, half, 9.0])
+    (x, y), height = room["half"], 9.0
+    low, high = np.array([-x, -y, 0.0]), np.array([x, y, height])
     far = np.maximum((low - origin) / ray, (high - origin) / ray)  # (H, W, 3)
     far = np.where(far > 0, far, np.inf)  # the camera is outside the box: a wall behind it is not hit
     depth, axis = far.min(-1), far.argmin(-1)  # (H, W)
@@ -221,8 +269,8 @@ def write_room(room, folder, rng):
     back = np.linalg.inv(align)
     for kind in ("color", "depth", "pose", "intrinsic"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
-    grid = np.linspace(-ROOM / 2, ROOM / 2, 11)
-    floor = np.stack([*(g.ravel() for g in np.meshgrid(grid, grid)), np.zeros(121)], 1)
+    grids = np.meshgrid(*(np.linspace(-half, half, math.ceil(4 * half) + 1) for half in room["half"]))  # at most half a metre apart
+    floor = np.stack([*(grid.ravel() for grid in grids), np.zeros(grids[0].size)], 1)
     parts = [floor] + [solid_points(solid) for solid in room["solids"]]
     labels = ["floor"] + [f"{solid['colour']} {solid['shape']}" for solid in room["solids"]]
     points = np.concatenate(parts) @ back[:3, :3].T + back[:3, 3]
@@ -239,9 +287,9 @@ def write_room(room, folder, rng):
     intrinsics[:3, :3] = toy_intrinsics()
     for kind in ("color", "depth"):
         np.savetxt(folder / "intrinsic" / f"intrinsic_{kind}.txt", intrinsics, fmt="%.6f")
-    for number, camera in enumerate(room["cameras"]):
+    for number, camera in zip(room["numbers"], room["cameras"]):
         colour, depth, _ = render(room, camera)
-        stem = str(20 * number)  # every 20th frame, as in thinned ScanNet exports
+        stem = str(number)  # the toy keeps some frames of a recording, as thinned exports of ScanNet do
         Image.fromarray(colour).save(folder / "color" / f"{stem}.jpg", quality=95)
         Image.fromarray((depth * 1000).round().astype(np.uint16)).save(folder / "depth" / f"{stem}.png", compress_level=1)
         np.savetxt(folder / "pose" / f"{stem}.txt", back @ camera, fmt="%.9f")
@@ -254,7 +302,7 @@ def write_labels(path):
     path.write_text("\n".join(rows) + "\n")
 
 # ------------------------------------------------------------------------------------------------
-# 4. The base: a tiny Qwen2.5-VL that sees
+# 4. The base: a tiny model that sees
 # ------------------------------------------------------------------------------------------------
 
 NAMES = [*COLOURS, *SHAPES]
@@ -264,44 +312,60 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<
 
 
 def build_tokenizer(texts):
-    """A byte-level BPE tokenizer trained on `texts`, with single digits and Qwen's special tokens."""
+    """A byte-level BPE tokenizer trained on `texts`, with Qwen's special tokens. Digits and names are tokens of their own; the
+    words up to the next punctuation mark may become one token, because the toy's questions repeat a few sentences."""
     tokenizer = Tokenizer(models.BPE())
+    names, marks = Regex(rf" ?\b({'|'.join(NAMES)})\b"), Regex("[,:;\n]")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Split(names, "isolated"),
+        pre_tokenizers.Split(marks, "merged_with_next"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
     tokenizer.decoder = decoders.ByteLevel()
-    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(" ".join(texts))
-    alphabet = sorted({letter for piece, _ in pieces for letter in piece})
-    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in JSON_PIECES + TAGS])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
-def build_model(tokenizer, seed):
-    """A Qwen2.5-VL of about 1.3 M random weights: transformers' own class, with patches of 14 pixels merged 2 x 2."""
+def build_model(tokenizer, seed, backbone="qwen2_5_vl"):
+    """A model of about 1.3 M random weights: transformers' own class, with patches of 14 pixels (Qwen3-VL: 16) merged 2 x 2.
+    backbone: a key of common.FAMILIES."""
     torch.manual_seed(seed)
-    ids = tokenizer.convert_tokens_to_ids
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "initializer_range": 0.06,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
-            "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": ids("<|im_end|>"),
-        },
-        vision_config={
-            "depth": 3, "hidden_size": 96, "intermediate_size": 256, "num_heads": 4, "out_hidden_size": 128,
-            "fullatt_block_indexes": [0, 1, 2], "initializer_range": 0.06,
-        },
+    ids, qwen3 = tokenizer.convert_tokens_to_ids, backbone == "qwen3_vl"
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "initializer_range": 0.06,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5] if qwen3 else [4, 6, 6]},
+        "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": ids("<|im_end|>"),
+    }  # fmt: skip
+    vision = {
+        "qwen2_vl": {"embed_dim": 96, "hidden_size": 128, "mlp_ratio": 3},
+        "qwen2_5_vl": {"hidden_size": 96, "intermediate_size": 256, "out_hidden_size": 128, "fullatt_block_indexes": [0, 1, 2]},
+        "qwen3_vl": {"hidden_size": 96, "intermediate_size": 256, "out_hidden_size": 128, "num_position_embeddings": 64,
+                     "deepstack_visual_indexes": [0, 1]},
+    }[backbone]  # fmt: skip
+    config = AutoConfig.for_model(
+        backbone, text_config=text | ({"head_dim": 32} if qwen3 else {}),
+        vision_config=vision | {"depth": 3, "num_heads": 4, "initializer_range": 0.06},
         tie_word_embeddings=True, image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
         vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
     )  # fmt: skip
-    return Qwen2_5_VLForConditionalGeneration(config)
+    return common.FAMILIES[backbone].model(config)
+
+
+def build_processor(model):
+    """An image processor for a toy model that resizes pictures to 4 to 16 tokens: the toy's 112 x 112 pixels stay, or become
+    128 x 128 where a token has 32 x 32 pixels, so that 4 x 4 tokens cover the same cells of the picture."""
+    vision = model.config.vision_config
+    processor = Qwen2VLImageProcessorPil(patch_size=vision.patch_size, merge_size=vision.spatial_merge_size)
+    common.limit_pictures(processor, 4, 16)
+    return processor
 
 
 def cell_targets(rows):
-    """What each of the 4 x 4 cells of each picture shows, one cell a picture token: names (pictures, 16, 9), 1 for the colour
-    and the shape of the object whose centre is there; boxes (pictures, 16, 4), in units of the picture's side."""
+    """What each of the 4 x 4 cells of each picture (or pair of frames) shows, one cell a picture token: names (pictures, 16, 9),
+    1 for the colour and the shape of the object whose centre is there; boxes (pictures, 16, 4), in units of the picture's side."""
     names, boxes = torch.zeros(len(rows), 16, len(NAMES)), torch.zeros(len(rows), 16, 4)
     for index, row in enumerate(rows):
         for thing in row["objects"]:
@@ -314,8 +378,9 @@ def cell_targets(rows):
 
 class VisionTask(torch.nn.Module):
     """What trains the vision tower: predict at every picture token the colour, the shape and the box of the object whose centre
-    is in this cell. Names are scored against their WORD EMBEDDINGS, so that pictures and words share one space; the two linear
-    heads for the box are thrown away after the training."""
+    is in this cell, and the mean colours of its patches (where does the floor end?). Names are scored against their WORD
+    EMBEDDINGS, so that pictures and words share one space; the linear heads are thrown away after the training. It sees single
+    pictures, and pairs of video frames, which share their tokens."""
 
     def __init__(self, model, tokenizer, processor):
         super().__init__()
@@ -326,35 +391,48 @@ class VisionTask(torch.nn.Module):
         width = model.config.text_config.hidden_size
         self.model, self.processor, self.words = model, processor, model.get_input_embeddings().weight
         self.to_box, self.to_digits = torch.nn.Linear(width, 4), torch.nn.Linear(width, 4 * 3 * width)
+        self.to_colours = torch.nn.Linear(width, 4 * 3 * 2)  # of the 2 x 2 patches of a token, in both frames
         self.digit_ids, self.name_ids = first_ids("0123456789"), first_ids(f" {name}" for name in NAMES)
         self.label_ids = first_ids(NAMES)  # in JSON no space precedes a label, so "blue" and " blue" are two tokens
 
     def forward(self, rows, folder):
-        """n pictures -> cells (n, 16, width), a logit for each name (n, 16, 9), boxes (n, 16, 4)."""
-        pictures = [common.load_image(folder / "images" / row["image"][0]) for row in rows]
-        pixels, grid = common.picture_patches(self.processor, pictures)
-        cells = self.model.model.visual(pixels, grid_thw=grid).pooler_output.view(len(rows), 16, -1)
-        return cells, cells @ self.words[self.name_ids].T, self.to_box(cells)
+        """n rows with one picture or two frames, sorted by that -> cells (n, 16, width), a logit for each name (n, 16, 9), boxes
+        (n, 16, 4), and the true mean colours of the patches (n, 16, 24)."""
+        parts = []
+        for count in (1, 2):
+            names = [name for row in rows if len(row["image"]) == count for name in row["image"]]
+            pictures = [common.load_image(folder / "images" / name) for name in names]
+            parts += [common.picture_patches(self.processor, pictures, video=count == 2)] if names else []  # pairs: one video
+        pixels, grids = torch.cat([pixels for pixels, _ in parts]), torch.cat([grid for _, grid in parts])
+        seen = self.model.model.visual(pixels, grid_thw=grids)
+        cells = sum(getattr(seen, "deepstack_features", None) or [], seen.pooler_output).view(len(rows), 16, -1)
+        colours = pixels.view(len(rows), 16, 4 * 3 * 2, -1).mean(-1)
+        return cells, cells @ self.words[self.name_ids].T, self.to_box(cells), colours
 
     def loss(self, rows, folder):
-        """The loss of some pictures: is there an object, which colour, which shape, and its box twice, as digits and numbers."""
-        cells, logits, boxes = self(rows, folder)
+        """The loss of some rows: is there an object, which colour, which shape, its box twice, as digits and as numbers, and the
+        colours of the patches."""
+        rows = sorted(rows, key=lambda row: len(row["image"]))
+        cells, logits, boxes, colours = self(rows, folder)
         names, true_boxes = cell_targets(rows)
         on = names.any(-1)  # (n, 16) cells with an object
-        pixels = (true_boxes[on] * SIDE).round().long()  # (objects, 4)
-        digits = torch.stack([pixels // 100, pixels // 10 % 10, pixels % 10], -1)  # (objects, 4, 3)
+        side = common.FAMILIES[self.model.config.model_type].box_side or SIDE
+        numbers = (true_boxes[on] * side).round().long()  # (objects, 4)
+        digits = torch.stack([numbers // 100, numbers // 10 % 10, numbers % 10], -1)  # (objects, 4, 3)
         spelled = self.to_digits(cells[on]).view(-1, 4, 3, cells.shape[-1]) @ self.words[self.digit_ids].T  # (objects, 4, 3, 10)
         return (
             F.binary_cross_entropy_with_logits(logits, names, pos_weight=torch.tensor(4.0)) * 5
             + F.cross_entropy(logits[on][:, : len(COLOURS)], names[on][:, : len(COLOURS)])
             + F.cross_entropy(logits[on][:, len(COLOURS) :], names[on][:, len(COLOURS) :])
             + F.cross_entropy(spelled.flatten(0, 2), digits.flatten()) * 2 + 20 * (boxes[on] - true_boxes[on]).abs().mean()
+            + (self.to_colours(cells) - colours).abs().mean() * 5
         )  # fmt: skip
 
     @torch.no_grad()
     def scores(self, rows, folder):
         """F1 of finding objects, accuracy of colours and shapes, and the mean error of a box's side in pixels."""
-        _, logits, boxes = self(rows, folder)
+        rows = sorted(rows, key=lambda row: len(row["image"]))
+        _, logits, boxes, _ = self(rows, folder)
         names, true_boxes = cell_targets(rows)
         on, found = names.any(-1), (logits > 0).any(-1)
 
@@ -373,14 +451,14 @@ def train_base(settings):
     pre-training, stage 1 learns no grounding. Writes settings.out/model."""
     root = Path(settings.data)
     tokenizer = build_tokenizer(tokenizer_texts(root))
-    model = build_model(tokenizer, settings.seed)
+    model = build_model(tokenizer, settings.seed, settings.backbone)
     common.embed_patches_by_matrix(model)
-    processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=SIDE * SIDE)
+    processor = build_processor(model)
     task, rows = VisionTask(model, tokenizer, processor), common.read_jsonl(root / "objects.jsonl")
 
     matrices = [p for p in model.model.visual.parameters() if p.ndim == 2]
     others = [p for p in model.model.visual.parameters() if p.ndim != 2]
-    others += [*task.to_box.parameters(), *task.to_digits.parameters(), task.words]
+    others += [*task.to_box.parameters(), *task.to_digits.parameters(), *task.to_colours.parameters(), task.words]
     optimizers = [runs.Muon(matrices, lr=0.02, weight_decay=0.0), torch.optim.AdamW(others, lr=3e-3, weight_decay=0.0)]
     steps = min(settings.base_steps, settings.max_steps or settings.base_steps)
     bar = tqdm(range(steps), desc="base", disable=runs.rank() > 0)
@@ -422,7 +500,7 @@ CODE = {"code in support/toy_world.py": [__file__]}  # a base is recognised by i
 
 def is_base_made(settings):
     """Whether settings.out has a base. Raises SystemExit if it was made with other settings, data or code of this file."""
-    return runs.is_finished(settings, ("seed", "max_steps", "base_steps", "base_batch"), CODE)
+    return runs.is_finished(settings, ("seed", "max_steps", "base_steps", "base_batch", "backbone"), CODE)
 
 
 def save_base(settings, scores, *parts):

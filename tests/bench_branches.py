@@ -55,11 +55,11 @@ def build(folder):
     return backbone
 
 
-def picture(folder, tokens):
-    """A picture that becomes about `tokens` tokens."""
+def picture(folder, tokens, side=28):
+    """A picture that becomes about `tokens` tokens of side x side pixels."""
     height = round(tokens**0.5)
     rng, path = np.random.default_rng(0), folder / f"{tokens}.png"
-    Image.fromarray(rng.integers(0, 256, (28 * height, 28 * (tokens // height), 3), dtype=np.uint8)).save(path)
+    Image.fromarray(rng.integers(0, 256, (side * height, side * (tokens // height), 3), dtype=np.uint8)).save(path)
     return str(path)
 
 
@@ -70,7 +70,7 @@ def rows_of(backbone, scene, branches):
     width = max(map(len, ids))
     lengths = torch.tensor([len(row) for row in ids])
     tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids])
-    pixels, grid = common.scene_patches(backbone, scene)
+    pixels, grid, _ = common.scene_patches(backbone, scene)
     inputs = {
         "input_ids": tokens, "attention_mask": (torch.arange(width) < lengths[:, None]).long(),
         "mm_token_type_ids": (tokens == backbone.model.config.image_token_id).int(),

@@ -1,6 +1,7 @@
 """Do the three stages fit a 24 GB card, and how fast are they? Five steps of each. Prints a table, and a JSON line last.
 
     python tests/bench_gpu.py                       # a GPU; Qwen2.5-VL-3B's true shape with random weights (8 GB of disk)
+    python tests/bench_gpu.py --shape qwen3-2b      # or qwen3-4b: those of Qwen3-VL
     python tests/bench_gpu.py --shape tiny --load fp32 --steps 2 --new_tokens 8    # on a CPU: shows only that it runs
 
 The scripts themselves run, with --preset 3b, for each of --load (LoRA on bf16 and on 4-bit weights), with the card's memory
@@ -33,7 +34,6 @@ import bench_branches  # finds the repository, too
 import numpy as np
 import torch
 from PIL import Image
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 import common
 import stage1_localize
@@ -46,6 +46,20 @@ TEXT = {"vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 11_008,
         "layer_types": ["full_attention"] * 36}  # fmt: skip
 VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048,
           "fullatt_block_indexes": [7, 15, 23, 31], "initializer_range": 0.02}  # fmt: skip
+TEXT3 = {"vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 262_144,
+         "initializer_range": 0.02}  # fmt: skip
+VISION3 = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "num_position_embeddings": 2304,
+           "deepstack_visual_indexes": [5, 11, 17], "initializer_range": 0.02}  # fmt: skip
+SHAPES = {  # family, text, how its positions become angles, vision
+    "3b": ("qwen2_5_vl", TEXT, {"rope_theta": 1e6, "mrope_section": [16, 24, 24]}, VISION),
+    "qwen3-2b": ("qwen3_vl", TEXT3 | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28,
+                                      "num_attention_heads": 16}, {"rope_theta": 5e6, "mrope_section": [24, 20, 20]},
+                 VISION3 | {"out_hidden_size": 2048}),
+    "qwen3-4b": ("qwen3_vl", TEXT3 | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+                                      "num_attention_heads": 32}, {"rope_theta": 5e6, "mrope_section": [24, 20, 20]},
+                 VISION3 | {"out_hidden_size": 2560}),
+    "tiny": ("qwen2_5_vl", {}, {}, {}), "qwen3-tiny": ("qwen3_vl", {}, {}, {}),
+}  # fmt: skip
 PEAKS = {"3090": 71, "4090": 165, "5090": 210, "L4": 121, "A100": 312, "A10": 125, "H100": 989, "H200": 989}  # TFLOP/s
 BANDWIDTH = {"3090": 936, "4090": 1008, "5090": 1792, "L4": 300, "A100": 1555, "A10": 600, "H100": 3350, "H200": 4800}  # GB/s
 QUESTIONS = 9
@@ -53,18 +67,20 @@ EPOCH = 2585  # steps of stage 3 in the paper
 
 
 def build(folder, shape, device):
-    """A Qwen2.5-VL with random weights and our small tokenizer, in `folder`."""
+    """A model with random weights and our small tokenizer, in `folder`."""
     tokenizer = toy_world.build_tokenizer([*common.INSTRUCTIONS.values(), common.SYSTEM, "system user assistant chair"] * 3)
-    config = toy_world.build_model(tokenizer, 0).config
-    if shape == "3b":
-        config.text_config.update(TEXT)
-        config.text_config.rope_parameters.update({"rope_theta": 1e6, "mrope_section": [16, 24, 24]})
-        config.vision_config.update(VISION)
+    family, text, angles, vision = SHAPES[shape]
+    config = toy_world.build_model(tokenizer, 0, family).config
+    config.text_config.update(text)
+    config.text_config.rope_parameters.update(angles)
+    config.vision_config.update(vision)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = common.FAMILIES[family].model(config)
     torch.set_default_dtype(torch.float32)
-    for part in (model, tokenizer, Qwen2VLImageProcessorPil()):
+    processor = toy_world.build_processor(model)
+    common.limit_pictures(processor, 4, 1280)
+    for part in (model, tokenizer, processor):
         part.save_pretrained(folder / "model")
 
 
@@ -153,7 +169,8 @@ def rollouts(folder, load, asked, device):
     """A rollout of eight for one prompt: {way: {"ms": a token, "tokens": a second}}, and "limit", the ms to read the weights."""
     backbone = common.load_backbone(folder / "model", load, device=device)
     backbone.stop = [-1]  # nobody ends early
-    scene = common.Scene((bench_branches.picture(folder, 1000),), "single_image", [])
+    side = backbone.processor.patch_size * backbone.processor.merge_size
+    scene = common.Scene((bench_branches.picture(folder, 1000, side),), "single_image", [])
     end = list(common.encode_text(backbone.tokenizer, common.BRANCH_END))
     inputs = {name: tensor.to(device) for name, tensor in bench_branches.rows_of(backbone, scene, [end])[0].items()}
     count = min(asked.new_tokens, 256)
@@ -188,14 +205,14 @@ def rollouts(folder, load, asked, device):
 def main():
     """Build, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["3b", "tiny"], default="3b")
+    parser.add_argument("--shape", choices=SHAPES, default="3b")
     parser.add_argument("--load", nargs="+", default=["bf16", "4bit"])
     parser.add_argument("--cap", type=float, default=24.0, help="GB of the card that may be used")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--new_tokens", type=int, default=1024)
     asked = parser.parse_args()
     device = runs.device()
-    if device == "cpu" and asked.shape == "3b":
+    if device == "cpu" and "tiny" not in asked.shape:
         raise SystemExit("There is no GPU here. --shape tiny runs the same on a CPU, which shows only that it runs.")
     if device != "cpu":
         torch.cuda.set_per_process_memory_fraction(min(1.0, asked.cap * 1e9 / torch.cuda.get_device_properties(0).total_memory))

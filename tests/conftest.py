@@ -4,6 +4,7 @@ import json
 import os
 import string
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as common.py does, before torch is imported
@@ -14,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import Qwen2VLImageProcessorPil
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -59,17 +59,34 @@ def photo():
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory):
-    """The folder of a Qwen2.5-VL of 1.3 M random weights, with tokenizer and image processor."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = toy_world.build_tokenizer(TEXTS)
-    model = toy_world.build_model(tokenizer, seed=0)
-    for layer in model.model.language_model.layers:  # they start at zero: no token would look at any other
-        for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
-            torch.nn.init.normal_(weight, std=0.06)
-    for part in (model, tokenizer, Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 112)):
-        part.save_pretrained(folder)
-    return folder
+def tiny_models(tmp_path_factory):
+    """tiny_models(family) -> the folder of a model of 1.3 M random weights, with tokenizer and image processor. family: a key of
+    common.FAMILIES."""
+
+    @lru_cache
+    def make(family):
+        folder = tmp_path_factory.mktemp(family)
+        tokenizer = toy_world.build_tokenizer(TEXTS)
+        model = toy_world.build_model(tokenizer, 0, family)
+        if family == "qwen3_vl":  # heads that are wider than hidden_size / heads, as in the 4B model
+            model.config.text_config.head_dim, model.config.text_config.rope_parameters["mrope_section"] = 48, [8, 8, 8]
+            torch.manual_seed(0)
+            model = type(model)(model.config)
+            torch.nn.init.normal_(model.model.visual.patch_embed.proj.bias, std=0.3)
+        for layer in model.model.language_model.layers:  # they start at zero: no token would look at any other
+            for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
+                torch.nn.init.normal_(weight, std=0.06)
+        for part in (model, tokenizer, toy_world.build_processor(model)):
+            part.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_models):
+    """The tiny Qwen2.5-VL."""
+    return tiny_models("qwen2_5_vl")
 
 
 @pytest.fixture

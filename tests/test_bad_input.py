@@ -5,14 +5,16 @@ import os
 import re
 import shutil
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import LARGE, SMALL, write_rows
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_examples import COLDSTART, GROUNDING, SPATIAL, change, data, message  # noqa: F401
+from test_examples import BOXES_TO_1000, COLDSTART, GROUNDING, SPATIAL, change, data, message  # noqa: F401
 from test_pictures import write_mp4
 from test_scripts import SCRIPTS
 
@@ -150,16 +152,16 @@ def located(data, *boxes):  # noqa: F811
 @pytest.mark.parametrize("box", [[640, 10, 700, 20], [10, 480, 20, 500], [-50, 10, 0, 20], [10, -50, 20, 0]], ids=str)
 def test_a_box_outside_of_its_picture_is_named(backbone, data, box):  # noqa: F811
     example = located(data, [10, 10, 20, 20], box)
-    said = message(common.boxes_for_model, backbone.processor, example)
+    said = message(common.boxes_for_model, backbone, example)
     assert example.id in said and str(box) in said and "640 x 480" in said
 
 
 def test_a_box_partly_outside_is_clipped_and_a_thin_one_keeps_a_pixel(backbone, data):  # noqa: F811
     """The model sees 112 x 84 pixels of 640 x 480: six to one."""
     example = located(data, [600, 400, 700, 500], [100, 100, 102, 102], [638, 478, 640, 480], [0, 0, 1, 1])
-    boxes = [box["bbox_2d"] for box in common.boxes_for_model(backbone.processor, example)]
+    boxes = [box["bbox_2d"] for box in common.boxes_for_model(backbone, example)]
     assert boxes == [[105, 70, 112, 84], [18, 18, 19, 19], [111, 83, 112, 84], [0, 0, 1, 1]]
-    example.answer = common.boxes_for_model(backbone.processor, example)
+    example.answer = common.boxes_for_model(backbone, example)
     assert common.score_answers([common.boxes_text(example.answer)], [example])[0].tolist() == [1.0]
 
 
@@ -298,6 +300,21 @@ def with_tokenizer_of_another(folder):
     (folder / "tokenizer.json").write_text(json.dumps(words).replace("<|image_pad|>", "<|other|>"))
 
 
+def changed(name, change):
+    """Change a JSON file of a model folder."""
+
+    def spoil(folder):
+        values = json.loads((folder / name).read_text())
+        change(values)
+        (folder / name).write_text(json.dumps(values))
+
+    return spoil
+
+
+with_patches_of_16 = changed("preprocessor_config.json", lambda values: values.update(patch_size=16))
+with_windows = changed("config.json", lambda values: values["text_config"].update(layer_types=["sliding_attention"] * 4))
+
+
 def cut_weights(size):
     return lambda folder: os.truncate(folder / "model.safetensors", size)
 
@@ -309,7 +326,11 @@ FOLDERS = {  # what is wrong: how it is made, words of the message
     "pickle": (as_pickle, ["safetensors"]),
     "bert": (configured("bert"), ["bert"]),
     "qwen2": (configured("qwen2"), ["qwen2"]),
-    "qwen2_vl": (configured("qwen2_vl"), ["qwen2_vl"]),
+    "qwen3_vl_moe": (configured("qwen3_vl_moe"), ["qwen3_vl_moe", "choose from qwen2_vl, qwen2_5_vl, qwen3_vl"]),
+    "hybrid": (configured("qwen3_5"), ["qwen3_5", "linear_attention", "leak from branch to branch"]),
+    "text hybrid": (configured("qwen3_next"), ["qwen3_next", "linear_attention", "leak from branch to branch"]),
+    "sliding windows": (with_windows, ["sliding_attention"]),
+    "processor of another": (with_patches_of_16, ["patches of 16 pixels, not 14"]),
     "unknown": (configured("nonsense"), ["nonsense"]),
     "broken config": (lambda folder: (folder / "config.json").write_text("{"), ["JSON"]),
     "cut": (cut_weights(1_000_000), ["safetensors", "broken"]),
@@ -328,19 +349,28 @@ def folder(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_model_folder_that_is_not_whole_is_named(folder, name, monkeypatch):
-    if name in ("bert", "qwen2", "qwen2_vl", "unknown"):  # it would build 7 billion weights
-        monkeypatch.setattr(common.Qwen2_5_VLForConditionalGeneration, "from_pretrained", pytest.fail)
+    if name in ("bert", "qwen2", "qwen3_vl_moe", "hybrid", "text hybrid", "unknown"):  # it would build 7 billion weights
+        monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", pytest.fail)
     spoil, words = FOLDERS[name]
     spoil(folder)
     said = message(common.load_backbone, folder, "fp32")
     assert str(folder) in said and all(word in said for word in words), said
 
 
+def test_frames_without_numbers_are_named_before_training(data, tmp_path):  # noqa: F811
+    """Only where a model reads their times."""
+    (data / "images" / LARGE / "first.jpg").write_bytes((data / "images" / LARGE / "0.jpg").read_bytes())
+    change(data, SPATIAL, 12, image=[f"{LARGE}/first.jpg", f"{LARGE}/40.jpg"])
+    common.load_scenes(data, ["spatial"], SimpleNamespace(family=common.FAMILIES["qwen2_5_vl"]))
+    said = message(common.load_scenes, data, ["spatial"], BOXES_TO_1000)
+    assert "first.jpg" in said and "no rising numbers" in said
+
+
 @pytest.mark.parametrize("method", ["bitsandbytes", "awq", "gptq"])
 @pytest.mark.parametrize("load", ["bf16", "4bit"])
 def test_a_model_that_is_stored_quantised_is_refused_before_it_is_loaded(folder, load, method, monkeypatch):
     """Training it would work for hours, and then no adapter could be merged into it."""
-    monkeypatch.setattr(common.Qwen2_5_VLForConditionalGeneration, "from_pretrained", pytest.fail)
+    monkeypatch.setattr(transformers.Qwen2_5_VLForConditionalGeneration, "from_pretrained", pytest.fail)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": method, "load_in_4bit": True, "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
@@ -385,7 +415,8 @@ def test_a_prompt_longer_than_the_context_names_its_rows(backbone, ladder_data):
         call()
     for call in ask(-1):
         said = message(call)
-        assert all(example.id in said for example in scene.examples) and "--max_pixels" in said and f"{context:,} tokens" in said
+        assert all(example.id in said for example in scene.examples) and f"{context:,} tokens" in said
+        assert "--max_picture_tokens" in said
 
 
 # ------------------------------------------------------------------------------------------------
@@ -501,7 +532,8 @@ def test_a_finished_cold_start_of_other_settings_is_refused(tmp_path):
     assert stage3_grpo.cold_start(settings) == f"{cold}/model"  # the folder alone, as it was copied
     (cold / "config.json").write_text(json.dumps(vars(settings)))
     assert stage3_grpo.cold_start(replace(settings, beta=0.5, group_size=4, micro_batch=3)) == f"{cold}/model"
-    others = {"model": "other/model", "data": "e", "cold_mix": 0.5, "cold_steps": 7, "seed": 3, "min_pixels": 1, "lora_rank": 5}
+    others = {"model": "other/model", "data": "e", "cold_mix": 0.5, "cold_steps": 7, "seed": 3, "min_picture_tokens": 1,
+              "lora_rank": 5}  # fmt: skip
     for name, value in others.items():
         said = message(stage3_grpo.cold_start, replace(settings, **{name: value}))
         assert str(cold) in said and f"--{name} {value}" in said and "--resume never" in said
@@ -514,7 +546,7 @@ def test_a_finished_cold_start_of_other_settings_is_refused(tmp_path):
 
 def test_no_rows_left_are_told(backbone, ladder_data, tmp_path):
     settings = stage2_understand.UnderstandSettings(data=str(ladder_data), direct=0.0, worked=0.0, replay=0.0)
-    scenes = common.load_scenes(ladder_data, ["spatial"], backbone.processor)
+    scenes = common.load_scenes(ladder_data, ["spatial"], backbone)
     packs = common.make_packs(backbone.tokenizer, stage2_understand.mix(scenes, settings), 8, 0)
     said = message(stage2_understand.train, backbone, packs, [], [], settings, None)
     assert packs == [] and str(ladder_data) in said and "nothing to learn" in said
@@ -524,7 +556,7 @@ def test_held_out_files_without_rows_are_named(backbone, data):  # noqa: F811
     (data / "heldout").mkdir()
     (data / "heldout" / SPATIAL).write_text("\n")
     settings = runs.TrainSettings(data=str(data))
-    said = message(runs.held_out_scenes, settings, ["spatial"], backbone.processor)
+    said = message(runs.held_out_scenes, settings, ["spatial"], backbone)
     assert str(data / "heldout" / SPATIAL) in said and "no rows" in said
 
 
@@ -532,7 +564,7 @@ def test_a_step_larger_than_the_data_is_one_step(backbone, data, tmp_path):  # n
     settings = stage1_localize.LocalizeSettings(
         data=str(data), out=str(tmp_path / "run"), train_batch=40, branches=1, micro_batch=40, keep_features=True
     )
-    scenes = common.load_scenes(data, ["locate"], backbone.processor)[:1]
+    scenes = common.load_scenes(data, ["locate"], backbone)[:1]
     packs = common.make_packs(backbone.tokenizer, scenes, settings.branches, 0)[:3]
     common.adapt(backbone, settings)
     run = runs.Run(settings, {"loss": ["loss"]})
@@ -594,7 +626,7 @@ TOO_SMALL = [(stage1_localize, name, value) for name, value in (
     ("train_batch", 0), ("branches", 0), ("micro_batch", 0), ("save_every", 0), ("eval_every", 0), ("eval_scenes", -1),
     ("lora_rank", 0),
     ("steps", -1), ("max_steps", -1), ("processes", 0), ("clip", 0), ("lr", -1e-4), ("lr", "nan"), ("lr", "inf"), ("warmup", -0.1),
-    ("max_pixels", -1), ("seed", -1),
+    ("max_picture_tokens", -1), ("seed", -1),
 )] + [(stage3_grpo, name, value) for name, value in (
     ("train_batch", 0), ("group_size", 0), ("mu", 0), ("max_new_tokens", 0), ("temperature", 0), ("temperature", -1),
     ("cold_train_batch", 0),

@@ -14,12 +14,17 @@ from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.initialization import no_init_weights
 
 import common
 
 CUDA = torch.device("cuda")
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+def tiny_model(request, tiny_models):
+    """Everything here is asked of both generations."""
+    return tiny_models(request.param)
 
 
 class Indexing(TorchFunctionMode):
@@ -60,7 +65,7 @@ def fake_gpu(backbone, monkeypatch=None, lora=False):
     """Inside, a backbone like this one on a fake "cuda": its functions run, but nothing has a value."""
     with FakeTensorMode(allow_non_fake_inputs=False), Indexing():
         with CUDA, no_init_weights():
-            model = Qwen2_5_VLForConditionalGeneration._from_config(
+            model = backbone.family.model._from_config(
                 backbone.model.config, attn_implementation={"": "sdpa", "text_config": "branches"}
             )
             if lora:  # on the device from the beginning: fake weights cannot be moved

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ import torch
 from PIL import Image
 from test_memory import Peak
 from test_pictures import write_mp4
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 import common
 import eval as evaluation
@@ -34,7 +35,7 @@ from support.benchmarks import Item, columns, score_prediction
 
 ROOT = Path(evaluation.__file__).parent
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "ViewSpatial-Bench.json"
-SMALL = ("--max_new_tokens", "6", "--eval_batch", "4", "--frames", "4", "--min_pixels", 56 * 56, "--max_pixels", 84 * 84,
+SMALL = ("--max_new_tokens", "6", "--eval_batch", "4", "--frames", "4", "--min_picture_tokens", 4, "--max_picture_tokens", 9,
          "--load", "fp32", "--mode", "direct")  # fmt: skip
 ALL = ("vsi", "spbench-si", "spbench-mv", "cvbench", "spar", "viewspatial")
 SIDES = ["A. left", "B. right", "C. front", "D. back"]
@@ -741,6 +742,86 @@ def sorted_scenes(items):
     return sorted(common.group_scenes([item.example for item in items]), key=lambda scene: (scene.data_type, len(scene.images)))
 
 
+# The toy's ladder
+
+
+@pytest.mark.parametrize("count, least", [(12, 3), (11, 3), (4, 1), (0, 10), (99, 10)])
+def test_the_toy_asks_as_many_questions_of_every_kind_as_they_reach(count, least, tmp_path):
+    """Ten, six, two and five rows of four kinds, two of which share a type, in a random order."""
+    kinds = {10: ("single_image", "size"), 6: ("video", "size"), 2: ("video", "area"), 5: ("multi_view", "count")}
+    rows = []
+    for n, (data_type, kind) in kinds.items():
+        row = {"options": None, "answer": "2", "image": ["a.png"], "question_type": kind, "data_type": data_type}
+        rows += [row | {"question": f"{n} {place}?"} for place in range(n)]
+    random.Random(0).shuffle(rows)
+    (tmp_path / "heldout" / "images").mkdir(parents=True)
+    Image.new("RGB", (56, 56)).save(tmp_path / "heldout" / "images" / "a.png")
+    write_lines(tmp_path / "heldout" / "spld_spatial_data.jsonl", rows)
+    chosen = [[item.example.question for item in evaluation.toy_items(tmp_path, "spatial", count, seed)] for seed in (0, 0, 1)]
+    for some in chosen:
+        found = Counter(int(question.split()[0]) for question in some)
+        assert found.total() == min(count or 23, 23)
+        more = [n for n in kinds if found[n] != min(n, least)]  # where the count ends, some have one more
+        assert all(found[n] == least + 1 for n in more) and len(more) == found.total() - sum(min(n, least) for n in kinds)
+        places = [[row["question"] for row in rows].index(question) for question in some]
+        assert places == sorted(set(places))  # in the order of the file, none twice
+    assert chosen[0] == chosen[1] and (chosen[0] != chosen[2]) == (len(chosen[0]) < 23)
+
+
+GUESS = {"single_image: size": 0.5, "multi_view: count": 0.25, "multi_view: size": 0.5, "video: area": 1.0}
+ANSWERS = [  # mode, temperature, kind, score, well formed
+    ("direct", 0, "single_image: size", 1.0, True), ("direct", 0, "single_image: size", 0.5, True),
+    ("direct", 0, "multi_view: count", 1.0, True), ("direct", 0, "multi_view: size", 0.0, False),
+    ("direct", 0, "video: area", 0.4, True),
+    ("direct", 1, "video: area", 0.2, False), ("direct", 1, "multi_view: size", 0.6, True),
+    *(("think", 0, kind, 0.0, False) for kind in GUESS), ("think", 1, "video: area", 0.0, False),
+]  # fmt: skip
+
+
+def test_the_tables_of_the_ladder_by_hand():
+    boxes = [{"label": "red cube", "bbox_2d": [0, 0, 10, 10]}, {"label": "blue ball", "bbox_2d": [0, 0, 10, 10]}]
+    rows = [{"mode": "locate", "temperature": 0, "text": json.dumps(boxes[:1]), "answer": boxes}]
+    for mode, temperature, kind, score, formed in ANSWERS:
+        data_type, question_type = kind.split(": ")
+        form = {"legal": formed, "format": not formed} if mode == "direct" else {"legal": not formed, "format": formed}
+        row = {"mode": mode, "temperature": temperature, "data_type": data_type, "question_type": question_type, "score": score}
+        rows.append(row | form)
+    model = evaluation.summarise(rows, GUESS)
+    assert model["mode"] == "think" and model["direct"]["by_pictures"] == {"single_image": 0.75, "multi_view": 0.5, "video": 0.4}
+    # Pairs of a type and a kind of pictures count the same: .25 / .5, .75 / .75, -.5 / .5; what the guess solves does not count.
+    assert model["direct"]["skill"] == pytest.approx((0.5 + 1 - 1) / 3)
+    scores = {"guess": GUESS, "guess_accuracy": 0.51, "models": {"m": model}, "questions": 5,
+              "counts": {"single_image: size": 2, "multi_view: count": 1, "multi_view: size": 1, "video: area": 1}}  # fmt: skip
+    assert evaluation.ladder_table(scores) == [
+        ["", "answers", "IoU", "acc@0.5", "single image", "multi view", "video", "skill",
+         "format", "greedy", "sampled", "given format"],
+        ["best constant guess", "", "", "", "0.500", "0.375", "1.000", "0.000", "", "0.510", "", ""],
+        ["m", "direct", "0.500", "0.500", "0.750", "0.500", "0.400", "0.167", "0.800", "0.580", "0.400", "0.600"],
+        ["", "think", "", "", "0.000", "0.000", "0.000", "-0.778", "0.000", "0.000", "0.000", "-"],
+    ]  # fmt: skip
+    assert evaluation.types_table(scores) == [
+        ["greedy", "questions", "guess", "m direct", "m think"],
+        ["single image: size", "2", "0.500", "0.750", "0.000"],
+        ["multi view: count", "1", "0.250", "1.000", "0.000"],
+        ["multi view: size", "1", "0.500", "0.000", "0.000"],
+        ["video: area", "1", "1.000", "0.400", "0.000"],
+    ]
+
+
+def test_the_ladder_is_drawn_with_one_axis_for_boxes_and_one_for_each_kind_of_pictures(tmp_path, monkeypatch):
+    part = {"by_type": {kind: 0.3 for kind in GUESS}, "skill": 0.1, "localize": {"iou": 0.7}, "mode": "direct"}
+    figures = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
+    report.draw_ladder({"guess": GUESS, "questions": 5, "models": {"a": part, "b": part | {"skill": 0.2}}}, tmp_path / "x.png")
+    (figure,) = figures
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["boxes and skill", "single image", "multi view", "video"]
+    heights = [[round(bar.get_height(), 3) for bar in axis.patches] for axis in figure.axes]
+    assert heights == [[0.7, 0.1, 0.7, 0.2], [0.3] * 2, [0.3] * 4, [0.3] * 2]
+    lines = [line.get_segments()[0][0][1] for axis in figure.axes for line in axis.collections]
+    assert lines == list(GUESS.values())  # the best constant guess of each
+
+
 # Whole runs
 
 
@@ -765,7 +846,7 @@ def read_run(folder):
 def test_a_run_writes_all_it_promises(whole, tiny_model):
     settings, rows, scores = read_run(whole)
     assert settings["model"] == str(tiny_model) and settings["prompts"] == common.INSTRUCTIONS and settings["frames"] == 4
-    assert (settings["min_pixels"], settings["max_pixels"], settings["decoding"]) == (56 * 56, 84 * 84, "greedy")
+    assert (settings["min_picture_tokens"], settings["max_picture_tokens"], settings["decoding"]) == (4, 9, "greedy")
     assert re.fullmatch("[0-9a-f]{16}", settings["revision"]) and settings["revision"] == evaluation.fingerprint(tiny_model)
     assert [row["id"] for row in rows] == [f"{name}:{key}" for name in ALL for key, *_ in WANTED[name]]  # in order, none twice
     assert {path.name for path in whole.iterdir()} == {"pictures", "predictions.jsonl", "report.html", "scores.json", "table.txt"}
@@ -780,7 +861,7 @@ def test_a_run_writes_all_it_promises(whole, tiny_model):
     assert all(f"{name} ({len(WANTED[name])} questions)" in table for name in ALL) and "without pictures" not in table
     for words in ("published scorer", "strict", "best constant guess", "SpatialLadder-3B"):
         assert table.count(words) == len(ALL)
-    assert len(page(whole / "report.html")[1]) == len(rows)
+    assert len(page(whole / "report.html")[1]["answers"]) == len(rows)
 
 
 TWO = ("--benchmarks", "cvbench", "vsi")
@@ -839,7 +920,7 @@ def test_answers_may_hold_any_letter(text, tmp_path):
     assert [key[-1] for key in evaluation.open_predictions(tmp_path, {"seed": 0})] == ["1"]
 
 
-OTHERS = {"seed": 1, "frames": 2, "max_pixels": 56 * 56, "mode": "think", "questions": 3, "vsi": "pruned", "hint": "box"}
+OTHERS = {"seed": 1, "frames": 2, "max_picture_tokens": 4, "mode": "think", "questions": 3, "vsi": "pruned", "hint": "box"}
 
 
 @pytest.mark.parametrize("name, value", OTHERS.items())
@@ -989,16 +1070,20 @@ def test_hints_and_embedded_pictures_are_named_by_their_content(photo, tmp_path)
 # Memory
 
 
-def wide_model(folder, **config):
-    """A model of the 3B model's proportions, an eighth as wide."""
+def wide_model(folder, family="qwen2_5_vl", **config):
+    """A model of the 3B model's proportions, an eighth as wide; or a Qwen3-VL."""
     tokenizer = toy_world.build_tokenizer(["How many chairs are in this room? 0123456789", *common.INSTRUCTIONS.values()] * 3)
-    made = toy_world.build_model(tokenizer, 0).config
+    model = toy_world.build_model(tokenizer, 0, family)
+    made, processor = model.config, toy_world.build_processor(model)
+    common.limit_pictures(processor, 1, 1024)
     made.text_config.update({"hidden_size": 256, "intermediate_size": 1376, "num_attention_heads": 2, "num_key_value_heads": 1,
                              "vocab_size": 4096} | config.get("text", {}))  # fmt: skip
-    made.text_config.rope_parameters["mrope_section"] = [16, 24, 24]
+    made.text_config.rope_parameters["mrope_section"] = [6, 5, 5] if family == "qwen3_vl" else [16, 24, 24]  # 32 or 128 a head
     made.vision_config.update({"depth": 2, "fullatt_block_indexes": [1], "hidden_size": 160, "intermediate_size": 428,
                                "num_heads": 4, "out_hidden_size": 256} | config.get("vision", {}))  # fmt: skip
-    for part in (tokenizer, made, Qwen2VLImageProcessorPil(min_pixels=28**2, max_pixels=2**20)):
+    if family == "qwen2_vl":  # other names: embed_dim is the tower's width
+        made.vision_config.update({"hidden_size": 256, "embed_dim": 160})
+    for part in (tokenizer, made, processor):
         part.save_pretrained(folder)
     return made
 
@@ -1020,9 +1105,12 @@ def picture_scenes(folder, photo, count, questions=1):
     return common.group_scenes(examples)
 
 
-@pytest.mark.parametrize("load, new_tokens", [("fp32", 12), ("bf16", 2), ("4bit", 2)])
-def test_the_memory_announced_for_answers_covers_the_measured_peak(load, new_tokens, tmp_path, photo, capsys, monkeypatch):
-    Qwen2_5_VLForConditionalGeneration(wide_model(tmp_path)).save_pretrained(tmp_path)
+@pytest.mark.parametrize("family, load, new_tokens", [
+    ("qwen2_5_vl", "fp32", 12), ("qwen2_5_vl", "bf16", 2), ("qwen2_5_vl", "4bit", 2), ("qwen3_vl", "fp32", 12),
+    ("qwen2_vl", "fp32", 12),
+])  # fmt: skip
+def test_the_memory_announced_for_answers_covers_the_measured_peak(family, load, new_tokens, tmp_path, photo, capsys, monkeypatch):
+    common.FAMILIES[family].model(wide_model(tmp_path, family)).save_pretrained(tmp_path)
     scenes, settings = picture_scenes(tmp_path, photo, 4), SimpleNamespace(eval_batch=4, frames=4)
     with monkeypatch.context() as patch:
         patch.setattr(common, "load_backbone", None)  # weights are not loaded
@@ -1270,7 +1358,7 @@ class Page(HTMLParser):
 
 
 def page(path):
-    """(tags, rows of the JSON) of a report, checked to hold the page's own two scripts and nothing that could run."""
+    """(tags, JSON) of a report, checked to hold the page's own two scripts and nothing that could run."""
     found = Page()
     found.feed(path.read_text(encoding="utf-8"))
     assert found.tags.count("script") == 2 and not [name for name in found.names if name.startswith("on")]
@@ -1279,29 +1367,31 @@ def page(path):
     return found.tags, json.loads(found.scripts[0])
 
 
-def write_page(path, answers, heading, table, kind):
+def write_page(path, answers, pictures, heading, table, kind):
     """A report with one section, a table and one bar."""
     sections = [{"heading": heading, "table": table, "by_type": {kind: 0.5}, "guess": {kind: 0.2}}]
-    path.write_text(report.report_page(sections, answers), encoding="utf-8")
+    path.write_text(report.report_page(sections, answers, pictures), encoding="utf-8")
 
 
 def write_hostile(folder):
     Image.new("RGB", (300, 200), "navy").save(folder / "a.png")
-    items, rows = {}, []
+    items, rows, shown = {}, [], {}
     for n, text in enumerate(HOSTILE):
         pictures, options = (str(folder / "a.png"),), [f"A. {text[:999]}"]
         example = Example(f"{text[:200]}:{n}", pictures, "single_image", text[:99], text, options, text)
         items[example.id] = Item("vsi", {}, example)
-        rows.append({"model": f"m{text[:50]}", "temperature": 0.0, "id": example.id, "score": n / 6, "question_type": text[:99],
-                     "images": list(example.images), "question": text, "options": example.options, "answer": text,
-                     "text": f"<think>{text}</think><answer>{text}</answer>"})  # fmt: skip
-    write_page(folder / "report.html", report.report_answers(rows, items), HOSTILE[0], [["", HOSTILE[0]], HOSTILE[1:3]], HOSTILE[1])
+        rows.append({"model": f"m{text[:50]}", "mode": "think", "temperature": 0.0, "id": example.id, "score": n / 6,
+                     "question_type": text[:99], "images": list(example.images), "question": text, "options": example.options,
+                     "answer": text, "text": f"<think>{text}</think><answer>{text}</answer>"})  # fmt: skip
+    answers = report.report_answers(rows, items, {}, None, shown)
+    write_page(folder / "report.html", answers, shown, HOSTILE[0], [["", HOSTILE[0]], HOSTILE[1:3]], HOSTILE[1])
     return rows
 
 
 def test_hostile_text_stays_text(tmp_path):
     wanted = write_hostile(tmp_path)
-    tags, rows = page(tmp_path / "report.html")
+    tags, data = page(tmp_path / "report.html")
+    rows = data["answers"]
     assert tags.count("h2") == 2 and [row["verdict"] for row in rows] == ["wrong"] * 3 + ["right"] * 4
     assert (tmp_path / "report.html").stat().st_size < 300_000
     by_id = {row["id"]: row for row in rows}
@@ -1311,23 +1401,25 @@ def test_hostile_text_stays_text(tmp_path):
             assert found[name] == report.safe_text(text) and len(found[name]) < 4100
         assert found["options"] == [report.safe_text(option) for option in row["options"]]
         assert found["thought"].startswith("<think>" + report.safe_text(row["question"])[:3000])
-        assert all(picture.startswith("data:image/jpeg;base64,") for picture in found["pictures"])
+        assert found["pictures"] == [[0, []]]  # one picture, without boxes
+    [[address, width, height]] = data["pictures"]
+    assert address.startswith("data:image/jpeg;base64,") and (width, height) == (300, 200)
 
 
 def test_words_of_the_template_may_stand_in_headings_and_answers(tmp_path):
     text = "{{ answers }} {% endfor %} {# no"
-    sample = dict.fromkeys(("benchmark", "type", "id", "thought", "said", "question", "answer"), text)
+    sample = dict.fromkeys(("benchmark", "kind", "type", "id", "thought", "said", "question", "answer"), text)
     sample |= {"options": [text], "score": 1.0, "verdict": "right", "pictures": []}
-    write_page(tmp_path / "report.html", [sample], text, [[text], [text]], text)
-    assert page(tmp_path / "report.html")[1] == [sample]
-    assert (tmp_path / "report.html").read_text().count(text) == 4 + 8  # heading, two cells, bar; the answer
+    write_page(tmp_path / "report.html", [sample], {}, text, [[text], [text]], text)
+    assert page(tmp_path / "report.html")[1]["answers"] == [sample]
+    assert (tmp_path / "report.html").read_text().count(text) == 4 + 9  # heading, two cells, bar; the answer
 
 
 def test_bars_and_rows_of_a_page(tmp_path):
     table = [["x strict", "a"], ["best constant guess", "1"], ["x, strict", "2"], ["other", "3"]]
     sections = [{"heading": "h", "table": table, "by_type": {"near": 0.5, "far": 0.125}, "guess": {"near": 0.25}},
                 {"heading": "bars only", "table": [], "by_type": {"near": 1.0}, "guess": {}}]  # fmt: skip
-    text = re.sub(r"\n", "", report.report_page(sections, []))
+    text = re.sub(r"\n", "", report.report_page(sections, [], {}))
     assert '<tr class=""><th>x strict</th><th>a</th></tr>' in text and '<tr class=""><td>other</td><td>3</td></tr>' in text
     assert '<tr class="guess"><td>best constant' in text and '<tr class="ours"><td>x, strict' in text
     assert 'width:50.0%"></i><b style="left:25.0%"></b></span><span>50.0</span>' in text
@@ -1347,8 +1439,8 @@ def test_a_browser_fills_the_list_and_runs_nothing_else(tmp_path):
     found = Page()
     found.feed(done.stdout)
     assert "<title>Evaluation</title>" in done.stdout and "7 answers, wrong ones first" in done.stdout
-    assert found.tags.count("article") == 7 and found.tags.count("img") == 7 and found.tags.count("script") == 2
-    assert found.tags.count("select") == 3 and found.tags.count("option") == 3 + 2 * (7 + 1)
+    assert found.tags.count("article") == 7 and found.tags.count("image") == 7 and found.tags.count("script") == 2
+    assert found.tags.count("select") == 4 and found.tags.count("option") == 3 + 2 * (7 + 1) + 2
     assert not [name for name in found.names if name.startswith("on")] and "h3" not in found.tags
 
 

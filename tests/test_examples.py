@@ -6,10 +6,11 @@ import shlex
 import shutil
 import zipfile
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
+from transformers import PreTrainedTokenizerFast
 
 import common
 
@@ -18,6 +19,9 @@ GROUNDING = "spld_grounding_data.jsonl"
 COLDSTART = "spld_coldstart_data.jsonl"
 SEVEN = {"relative direction", "relative distance", "appearance order", "absolute distance", "object size", "object count",
          "room size"}  # fmt: skip
+
+
+BOXES_TO_1000 = SimpleNamespace(family=common.FAMILIES["qwen3_vl"])  # what reading needs of a backbone
 
 
 @pytest.fixture
@@ -94,9 +98,8 @@ def test_marks_of_pictures_and_videos_are_stripped_wherever_they_stand(data):
 
 
 def test_what_was_read_is_printed_once(data, capsys):
-    processor = Qwen2VLImageProcessorPil()
     for _ in range(2):
-        common.load_scenes(data, ["spatial", "locate"], processor)
+        common.load_scenes(data, ["spatial", "locate"], BOXES_TO_1000)
     spatial, grounding = capsys.readouterr().err.splitlines()
     rows = [json.loads(line) for line in (data / SPATIAL).read_text().splitlines()]
     counts = sorted(Counter(row["question_type"] for row in rows).items())
@@ -106,7 +109,7 @@ def test_what_was_read_is_printed_once(data, capsys):
 
 def test_other_processes_print_no_counts(data, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    common.load_scenes(data, ["locate"], Qwen2VLImageProcessorPil())
+    common.load_scenes(data, ["locate"], BOXES_TO_1000)
     assert capsys.readouterr().err == ""
 
 

@@ -1,4 +1,35 @@
-"""Bad pictures, full disks, numbers that are none, and runs that are killed: nothing is lost, and the message helps."""
+"""Bad pictures, full disks, numbers that are none, and runs that are killed: nothing is lost, and the message helps.
+
+What happens when ... Each line is a test, here or in test_interruptions.py, test_processes.py, test_bad_input.py, test_runs.py or
+test_memory.py.
+
+- Ctrl-C or SIGTERM while training: finishes and saves the step; a second one stops at once, and the last checkpoint is whole
+- Ctrl-C or SIGTERM in stage 0 or eval.py: all processes end at once; finished rooms and written answers are kept
+- kill -9 at any moment, also during a save: only the work since the last checkpoint is lost (stage 0: the current rooms;
+  eval.py: the current batch); a model folder is whole or absent
+- a stopped run is resumed: training: bit-identical weights; stage 0: byte-identical rows; eval.py: the same scores; other
+  settings are refused by name
+- a checkpoint is broken, from another model, or contains code: refused, with what to do; nothing is unpickled
+- the model, rows or pictures that a run started from have changed: a finished run and a checkpoint are refused; stage 0 makes
+  those rooms again; eval.py asks those questions again
+- one of several processes dies: the others end within seconds; the error is printed once
+- the disk is full or read-only: the last checkpoint stays whole; the message names the path
+- there is too little memory: refused before training, and before eval.py loads a model, with the setting to lower
+- a gradient is not finite: the step is skipped and its examples are named; five in a row end the run
+- the model's output is not finite while it samples: the run ends; step and question are named
+- all groups of a GRPO step are dead: the step is skipped: momentum must not move the weights
+- a picture or video is missing, broken, too large, or outside images/: named; EXIF rotation, CMYK, 16 bits, animations, one
+  pixel and one frame work
+- a row is broken (JSON, fields, options, answer, box), or a text holds a special token such as <|im_end|>: the message names
+  the file, the row and the fault
+- a prompt exceeds the model's context: its rows are named; nothing is truncated
+- a model folder is an adapter, incomplete, quantised, or of another architecture: refused, with what to do
+- a setting cannot work (--group_size 1, a negative number, an unknown word): one line names it, before anything is loaded
+- untrusted text in gallery.html and report.html (HTML, bidi marks, huge strings): escaped and truncated
+- no hub id is given: no script uses the network
+- a ScanNet scan is incomplete or contradicts itself: left out, with the reason in the manifest; tried again in the next run
+- a benchmark has two rows with one id, or the same table twice: each row is a question; copies are read once
+"""
 
 import json
 import math
@@ -57,7 +88,7 @@ def test_a_bad_picture_of_a_localisation_row_is_named(backbone, tmp_path):
     answer = [{"bbox_2d": [1, 1, 5, 5], "label": "chair"}]
     example = common.Example("x", (str(tmp_path / "strip.png"),), "single_image", "locate", "", None, answer)
     with pytest.raises(SystemExit, match="strip.png cannot be read as a picture"):
-        common.boxes_for_model(backbone.processor, example)
+        common.boxes_for_model(backbone, example)
 
 
 def test_odd_pictures_are_read(tmp_path):
@@ -218,7 +249,7 @@ def test_half_a_line_of_a_log_is_dropped_on_resume(training):
 def test_a_killed_training_goes_on_from_its_last_checkpoint(tiny_model, ladder_data, tmp_path):
     flags = ["--preset", "3b", "--data", ladder_data, "--model", tiny_model, "--processes", "1", "--load", "fp32"]
     flags += ["--train_batch", "1", "--steps", "2000", "--save_every", "1", "--eval_every", "10000"]
-    flags += ["--min_pixels", 56 * 56, "--max_pixels", 84 * 84]
+    flags += ["--min_picture_tokens", 4, "--max_picture_tokens", 9]
     command = [sys.executable, str(ROOT / "stage1_localize.py"), *map(str, flags)]
     where = {"cwd": tmp_path, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stderr": subprocess.PIPE, "text": True}
     run = tmp_path / "runs" / "3b" / "stage1"

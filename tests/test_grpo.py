@@ -1,12 +1,15 @@
 """GRPO against its equations, written out slowly; rewards against cases written by hand; and the loop's promises."""
 
+import json
 import math
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import common
 import stage3_grpo
@@ -287,12 +290,77 @@ def test_special_tokens_in_a_completion_cost_the_format(backbone):
     assert logps.item() == -math.inf  # as in the sampler
 
 
+# Rewards for the boxes of a thought
+
+TWO = replace(CHOICE, boxes=[box | {"picture": number} for number, box in enumerate(BOXES, 1)])
+SAME = replace(NUMBER, boxes=[BOXES[0], {"bbox_2d": [60, 60, 80, 80], "label": "red cube"}])
+HALF = [BOXES[0] | {"bbox_2d": [10, 10, 20, 15]}, BOXES[1]]  # the first box cut in half
+THOUGHTS = [  # what is before the answer, example, mean IoU
+    (common.boxes_text(BOXES), TWO, 1),
+    (f"<think> {common.boxes_text(BOXES)} 1: 0.1,2.0; 2: 1.0,0.4; right 0.9: right </think>", TWO, 1),
+    (f"<think>{common.boxes_text(BOXES[::-1])}</think>", TWO, 1),  # paired by label
+    (f"<think>{common.boxes_text(BOXES[:1])}</think>", TWO, 0.5),
+    (f"<think>{common.boxes_text(HALF)}</think>", TWO, 0.75),
+    (f"<think>{common.boxes_text([BOXES[0] | {'label': 'red ball'}])}</think>", TWO, 0),
+    (f"<think>{common.boxes_text([BOXES[0] | {'label': 'red ball'}, BOXES[1]])}</think>", TWO, 0.5),
+    (f"<think>{common.boxes_text(SAME.boxes)}</think>", SAME, 1),  # two objects of one name, in the order of the row
+    (f"<think>{common.boxes_text(BOXES[:1] * 2)}</think>", SAME, 0.5),
+    ("<think>no boxes</think>", TWO, 0),
+    ("", TWO, 0),
+    (f"<think>{common.boxes_text(BOXES)[:-2]}</think>", TWO, 0),  # not JSON
+    (f"<think>x</think><answer>{common.boxes_text(BOXES)}</answer>", TWO, 0),  # not in the thought
+    (f"<think>{common.boxes_text(BOXES)}</think>", CHOICE, 0),  # an example without boxes
+    (common.boxes_text(BOXES), LOCATE, 0),
+]
+
+
+def test_boxes_of_a_thought_are_paid_by_their_mean_iou():
+    texts, examples, wanted = zip(*THOUGHTS)
+    for text, found, want in zip(texts, stage3_grpo.thought_iou(texts, examples), wanted):
+        assert found == pytest.approx(want), text
+
+
+def test_the_third_reward_is_the_weight_times_the_iou_and_0_without_it():
+    texts, examples = [text for text, *_ in THOUGHTS], [example for _, example, _ in THOUGHTS]
+    plain, paid = (stage3_grpo.rewards(texts, examples, settings_of(locate_reward=weight)) for weight in (0.0, 0.3))
+    assert list(plain) == ["format", "accuracy"] and list(paid) == ["format", "accuracy", "boxes"]
+    assert all(np.array_equal(paid[name], plain[name]) for name in plain)
+    assert np.allclose(paid["boxes"], [0.3 * want for *_, want in THOUGHTS])
+
+
+def test_the_boxes_that_are_paid_are_in_pixels_that_the_model_sees(tiny_model, tmp_path, monkeypatch):
+    """Pictures of 224 x 224 and 448 x 224 pixels, of which the model sees 112 x 112 and 140 x 56."""
+    sizes = {"scene0001_00/0.png": (224, 224), "scene0001_00/20.png": (448, 224)}
+    (tmp_path / "images" / "scene0001_00").mkdir(parents=True)
+    for name, size in sizes.items():
+        Image.new("RGB", size).save(tmp_path / "images" / name)
+    boxes = [{"label": "red cube", "bbox_2d": [224, 112, 448, 224], "picture": 2},
+             {"label": "blue ball", "bbox_2d": [40, 60, 100, 121], "picture": 1}]  # fmt: skip
+    row = {"question_id": 0, "question": "Where?", "options": CHOICES, "answer": "A", "image": list(sizes),
+           "question_type": "relative direction", "data_type": "multi_view"}  # fmt: skip
+    lines = [json.dumps(row | {"boxes": boxes}), json.dumps(row), json.dumps(row | {"boxes": [boxes[1]], "image": [*sizes][:1]})]
+    (tmp_path / common.FILES["spatial"]).write_text("\n".join(lines))
+    seen = []
+    monkeypatch.setattr(stage3_grpo, "cold_start", lambda settings: tiny_model)
+    monkeypatch.setattr(stage3_grpo, "grpo", lambda backbone, prompts, *_: seen.append([example for _, example in prompts]))
+    monkeypatch.setattr(runs.Run, "finish", lambda *_: None)
+    for weight in (0.5, 0.0):
+        more = {"data": str(tmp_path), "eval_scenes": 0, "min_picture_tokens": 4, "max_picture_tokens": 16, "locate_reward": weight}
+        stage3_grpo.work(settings_of(model=str(tiny_model), out=str(tmp_path / f"run{weight}" / "stage3"), **more))
+    both, none, one = ([box["bbox_2d"] for box in example.boxes or []] for example in seen[0])
+    assert both == [[70, 28, 140, 56], [20, 30, 50, 60]] and none == [] and one == both[1:]
+    assert [box["label"] for box in seen[0][0].boxes] == ["red cube", "blue ball"]
+    right = [{"label": "blue ball", "bbox_2d": [20, 30, 50, 60]}]
+    assert stage3_grpo.thought_iou([common.boxes_text(right)] * 2, [seen[0][2], seen[0][0]]).tolist() == [1, 0.5]
+    assert seen[1][0].boxes == boxes  # without the reward they stay as they are
+
+
 # The loop, on a tiny model
 
 
 def scene_prompts(backbone, data, count=2):
     """[(Scene, Example)] of the first questions of a data folder."""
-    scenes = common.load_scenes(data, ["spatial"], backbone.processor)
+    scenes = common.load_scenes(data, ["spatial"], backbone)
     return [(scene, example) for scene in scenes for example in scene.examples][:count]
 
 
@@ -458,7 +526,7 @@ def test_a_step_raises_what_beat_its_siblings(backbone, ladder_data, monkeypatch
     before = torch.cat([call.args[0].detach().sum(1) for call in losses])
     with torch.no_grad():
         after = common.branch_logprobs(backbone, prefixes, branches, sampler=True)[0].sum(1)
-    assert torch.allclose(advantages.sign(), torch.tensor([1.0, -1, -1, -1, 1, -1]))
+    assert sorted(advantages.sign().view(2, 3).tolist()) == [[-1, 1, -1], [1, -1, -1]]  # short prefixes are scored first
     assert ((after - before) * advantages).sum() > 0
 
 

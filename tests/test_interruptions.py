@@ -38,6 +38,8 @@ ROOT = Path(common.__file__).parent
 ROOMS, SCENES = 16, 10
 TOY = ("--rooms", ROOMS, "--heldout_rooms", 2, "--traces", 9, "--base_steps", 1, "--processes", 1)
 STOPPED = "stopped; rerun the same command to resume\n"
+if sys.platform == "win32":
+    pytest.skip("these tests fork processes, which Windows cannot", allow_module_level=True)
 FORK = multiprocessing.get_context("fork")
 
 
@@ -286,7 +288,7 @@ def test_a_base_of_other_settings_data_or_code_is_refused_and_one_without_weight
     code = next(iter(toy_world.CODE))
     changes = {
         "--base_steps 1, not --base_steps 2": lambda patch: patch.setattr(sys, "argv", [*sys.argv, "--base_steps", "2"]),
-        "before the data in data/toy changed": lambda patch: patch.setattr(common, "FILES", {}),
+        "before the data in data/toy changed": lambda patch: patch.setattr(common, "FILES", {"spatial": common.FILES["spatial"]}),
         "before the code in support/toy_world.py changed": lambda patch: patch.setitem(toy_world.CODE, code, [rows]),
     }
     for words, change in changes.items():
@@ -331,7 +333,7 @@ def asked(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("asked")
     write_benchmark(folder / "data")
     flags = ("--benchmarks", "viewspatial", "--model", tiny_model, "--data", folder / "data", "--out", "out", "--eval_batch", 2,
-             "--max_new_tokens", 24, "--samples", 1, "--min_pixels", 56 * 56, "--max_pixels", 56 * 56)  # fmt: skip
+             "--max_new_tokens", 24, "--samples", 1, "--min_picture_tokens", 4, "--max_picture_tokens", 4)  # fmt: skip
     assert finish(evaluation, folder, *flags, "--processes", 1) == 0, said(folder)
     return flags, folder
 
@@ -414,7 +416,7 @@ def limited(size):
 
 
 @pytest.mark.parametrize("size, named", [
-    (1500, "data/toy/scans/scene0000_00"), (40_000, "data/toy/spld_grounding_data.jsonl"), (2_000_000, "runs/toy/base/model.new"),
+    (1500, "data/toy/scans/scene0000_00"), (100_000, "data/toy/gallery.html"), (2_000_000, "runs/toy/base/model.new"),
 ])  # fmt: skip
 def test_stage_0_names_what_it_could_not_write_and_goes_on(size, named, toy, tmp_path):
     assert finish(stage0_data, tmp_path, *TOY, "--workers", 1, patch=limited(size)) == 1
@@ -511,15 +513,16 @@ def test_the_report_shows_any_text_as_text(name, tmp_path):
     Image.new("RGB", (30, 20), "navy").save(tmp_path / "a.png")
     pictures, options = (str(tmp_path / "a.png"),), [f"A. {text}", f"B. {text}"]
     item = Item("vsi", {}, Example(f"{text}:1", pictures, "single_image", text, text, options, text))
-    row = {"model": text, "temperature": 0.0, "id": item.example.id, "score": 0, "question_type": text, "images": pictures,
-           "question": text, "options": options, "answer": text,
+    row = {"model": text, "mode": "think", "temperature": 0.0, "id": item.example.id, "score": 0, "question_type": text,
+           "images": pictures, "question": text, "options": options, "answer": text,
            "text": f"<think>{text}</think><answer>{text}</answer>"}  # fmt: skip
     sections = [{"heading": text, "table": [["", text], [text, text]], "by_type": {text: 0.5}, "guess": {text: 0.2}}]
-    answers = report.report_answers([row], {row["id"]: item})
-    (tmp_path / "report.html").write_text(report.report_page(sections, answers), encoding="utf-8")
+    shown = {}
+    answers = report.report_answers([row], {row["id"]: item}, {}, None, shown)
+    (tmp_path / "report.html").write_text(report.report_page(sections, answers, shown), encoding="utf-8")
     page = check_page(tmp_path / "report.html", 2)
     assert len(page.raw) < 400_000 and page.tags.count("h2") == 2
-    found = json.loads(next(data for data in page.text if data.startswith("[{")))[0]
+    found = json.loads(next(data for data in page.text if data.startswith("{")))["answers"][0]
     for words in (found["question"], found["answer"], found["options"][1], found["id"], found["benchmark"], found["type"]):
         assert words == report.safe_text(words, 10**9) and len(words) < 30_000 and report.safe_text(text, 200)[:200] in words
 
@@ -584,7 +587,7 @@ def test_no_script_looks_at_the_network_without_a_hub_id(asked, tiny_model, ladd
            "ground_truth": "A", "question_type": "object_rel_direction"}  # fmt: skip
     datasets.Dataset.from_list([row]).to_parquet(tmp_path / "data" / "SPBench" / "SPBench-SI.parquet")
     training = ("--preset", "3b", "--data", ladder_data, "--model", tiny_model, "--processes", 1, "--max_steps", 2, "--load",
-                "fp32", "--train_batch", 1, "--eval_scenes", 1, "--min_pixels", 56 * 56, "--max_pixels", 84 * 84)  # fmt: skip
+                "fp32", "--train_batch", 1, "--eval_scenes", 1, "--min_picture_tokens", 4, "--max_picture_tokens", 9)  # fmt: skip
     more = ("--processes", 1, "--data", "data", "--questions", 2, "--benchmarks", "viewspatial", "spbench-si")
     log = tmp_path / "tried"
     for module, command in ((stage0_data, (*TOY, "--rooms", 4)), (stage1_localize, training), (evaluation, flags + more)):

@@ -12,7 +12,6 @@ from conftest import TEXTS
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 import common
 from support import files, memory, runs, toy_world
@@ -46,22 +45,33 @@ class Peak(TorchDispatchMode):
         return out
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model with the 3B model's proportions (a wide MLP, grouped heads, many words) in small."""
-    folder = tmp_path_factory.mktemp("wide")
+def wide_folder(folder, family, section, **text):
+    """A model with the proportions of a large one (a wide MLP, grouped heads, many words) in small, in `folder`."""
     tokenizer = toy_world.build_tokenizer(TEXTS)
-    config = toy_world.build_model(tokenizer, 0).config
-    config.text_config.update({
-        "hidden_size": 256, "intermediate_size": 1376, "num_attention_heads": 4, "num_key_value_heads": 1,
-        "vocab_size": 4096,
-    })  # fmt: skip
-    config.text_config.rope_parameters["mrope_section"] = [8, 12, 12]
+    model = toy_world.build_model(tokenizer, 0, family)
+    config = model.config
+    config.text_config.update({"hidden_size": 256, "num_attention_heads": 4, "vocab_size": 4096} | text)
+    config.text_config.rope_parameters["mrope_section"] = section
     config.vision_config.update({"out_hidden_size": 256})
-    processor = Qwen2VLImageProcessorPil(min_pixels=28**2, max_pixels=2**20)
-    for part in (Qwen2_5_VLForConditionalGeneration(config), tokenizer, processor):
+    processor = toy_world.build_processor(model)
+    common.limit_pictures(processor, 1, 1024)
+    for part in (type(model)(config), tokenizer, processor):
         part.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Qwen2.5-VL 3B in small."""
+    text = {"intermediate_size": 1376, "num_key_value_heads": 1}
+    return wide_folder(tmp_path_factory.mktemp("wide"), "qwen2_5_vl", [8, 12, 12], **text)
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory):
+    """Qwen3-VL 4B in small: heads wider than hidden_size / heads."""
+    text = {"intermediate_size": 973, "num_key_value_heads": 2, "head_dim": 96}
+    return wide_folder(tmp_path_factory.mktemp("wide3"), "qwen3_vl", [16, 16, 16], **text)
 
 
 @pytest.fixture
@@ -77,7 +87,7 @@ def settings_of(**changes):
 def tensors(backbone, optimizers, prefix):
     states = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
     states += [weight for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]]
-    parts = [prefix.features, prefix.ids, prefix.positions] if prefix else []
+    parts = [prefix.features, prefix.ids, prefix.positions, *prefix.deepstack] if prefix else []
     return [*backbone.model.parameters(), *backbone.model.buffers(), *states, *parts]
 
 
@@ -95,7 +105,7 @@ CASES = [
     ({"checkpointing": True}, [48] * 8),
     ({"load": "bf16"}, [48] * 8),
     ({"load": "bf16", "checkpointing": True}, [180, 30]),
-    ({"load": "bf16", "tune": "full", "max_pixels": 4 * 28 * 28}, [12]),
+    ({"load": "bf16", "tune": "full", "max_picture_tokens": 4}, [12]),
     ({"load": "4bit"}, [48] * 8),
     ({"load": "4bit", "checkpointing": True}, [48] * 8),
 ]
@@ -103,8 +113,18 @@ CASES = [
 
 @pytest.mark.parametrize("changes,branches", CASES)
 def test_the_budget_is_the_measured_peak_of_a_training_step(folder, scene, changes, branches):
+    measure_step(folder, scene, changes, branches)
+
+
+@pytest.mark.parametrize("changes,branches", [({}, [48] * 8), ({"checkpointing": True}, [180, 30])])
+def test_the_budget_holds_for_qwen3_vl(qwen3, scene, changes, branches):
+    measure_step(qwen3, scene, changes, branches)
+
+
+def measure_step(folder, scene, changes, branches):
+    """The largest memory of a training step, counted tensor by tensor, against the budget."""
     settings = settings_of(**changes)
-    backbone = common.load_backbone(folder, settings.load, max_pixels=settings.max_pixels)
+    backbone = common.load_backbone(folder, settings.load, max_picture_tokens=settings.max_picture_tokens)
     common.adapt(backbone, settings)
     prefix = common.encode_scenes(backbone, [scene])[0]
     optimizers = runs.make_optimizers(backbone.model, settings)
@@ -123,7 +143,9 @@ def test_the_budget_is_the_measured_peak_of_a_training_step(folder, scene, chang
     assert peak == pytest.approx(counted.peak, rel=0.1)
 
 
-def test_the_budget_is_the_measured_peak_of_a_rollout(folder, scene):
+@pytest.mark.parametrize("family", ["folder", "qwen3"])
+def test_the_budget_is_the_measured_peak_of_a_rollout(family, scene, request):
+    folder = request.getfixturevalue(family)
     backbone = common.load_backbone(folder, "fp32")
     backbone.stop = [-1]
     settings = settings_of()
@@ -152,13 +174,16 @@ def test_without_room_for_a_merged_copy_decoding_goes_on_without_it(folder, monk
 
 
 @pytest.mark.parametrize("kind,count", [("single_image", 1), ("multi_view", 3), ("video", 4), ("video", 5)])
-def test_the_length_of_a_scene_is_known_without_its_pixels(folder, tmp_path, kind, count):
+def test_the_length_of_a_scene_is_known_without_its_pixels(folder, qwen3, tmp_path, kind, count):
     backbone = common.load_backbone(folder, "fp32")
     paths = [str(tmp_path / f"{n}.png") for n in range(count)]
     for path in paths:
         Image.new("RGB", (130, 77)).save(path)
     scene = common.Scene(tuple(paths), kind, [])
     assert memory.scene_length(backbone, scene) == len(common.encode_scenes(backbone, [scene])[0].ids)
+    backbone = common.load_backbone(qwen3, "fp32")
+    wanted, unknown = len(common.encode_scenes(backbone, [scene])[0].ids), (count + 1) // 2 * 6 * (kind == "video")
+    assert wanted <= memory.scene_length(backbone, scene) <= wanted + unknown  # the digits of times
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import io
 import struct
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
 import common
+from support import report
 
 SIZES = [(640, 480), (1296, 968), (112, 112), (84, 140), (333, 97), (61, 517), (28, 28)]  # width, height
 
@@ -95,26 +97,31 @@ def test_picture_text_has_one_pad_for_each_square_of_four_patches():
 
 
 @pytest.mark.parametrize("video", [False, True], ids=["images", "video"])
-def test_tokens_positions_and_pixels_equal_the_full_processor(backbone, photo, tmp_path, video):
-    """Qwen2_5_VLProcessor needs torchvision, which this repository does without."""
+@pytest.mark.parametrize("family", common.FAMILIES)
+def test_tokens_positions_and_pixels_equal_the_full_processor(tiny_models, photo, tmp_path, family, video):
+    """The family's own processor needs torchvision, which this repository does without."""
     pytest.importorskip("torchvision")
-    from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
+    import transformers
 
-    pictures = [photo(112, 84, seed=n) for n in range(6 if video else 3)]  # need no resizing, so pixels are exact
-    paths = [str(tmp_path / f"{n}.png") for n in range(len(pictures))]
+    backbone, timed = common.load_backbone(tiny_models(family), "fp32"), family == "qwen3_vl"
+    side = backbone.processor.patch_size * 2
+    count = (5 if timed else 6) if video else 3
+    pictures = [photo(4 * side, 3 * side, seed=n) for n in range(count)]  # need no resizing, so pixels are exact
+    paths = [str(tmp_path / f"{20 * n}.png") for n in range(len(pictures))]
     for picture, path in zip(pictures, paths):
         picture.save(path)
     (prefix,) = common.encode_scenes(backbone, [common.Scene(tuple(paths), "video" if video else "multi_view", [])])
     pixels, grids = common.picture_patches(backbone.processor, pictures, video)
-    # common.py speaks of pictures without times: two frames a second, so one pair of frames a second.
-    full = Qwen2_5_VLProcessor(
-        backbone.processor, backbone.tokenizer, Qwen2VLVideoProcessor(do_resize=False, do_sample_frames=False)
-    )
+    whole = getattr(transformers, {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}[family] + "Processor")
+    frames = transformers.Qwen3VLVideoProcessor if timed else transformers.Qwen2VLVideoProcessor
+    normal = {"image_mean": backbone.processor.image_mean, "image_std": backbone.processor.image_std}
+    full = whole(backbone.processor, backbone.tokenizer, frames(do_resize=False, do_sample_frames=False, **normal))
     pad = "<|video_pad|>" if video else "<|image_pad|>"
     words = f"<|im_start|>system\n{common.SYSTEM}<|im_end|>\n<|im_start|>user\n"
-    words += f"<|vision_start|>{pad}<|vision_end|>" * (1 if video else 3)
-    if video:
-        metadata = [{"fps": 2.0, "total_num_frames": 6, "frames_indices": list(range(6))}]
+    words += pad if video and timed else f"<|vision_start|>{pad}<|vision_end|>" * (1 if video else 3)
+    if video:  # Qwen2.5-VL: pictures without times, two frames a second, so one pair a second; Qwen3-VL: ScanNet's frames
+        times = {"fps": 30.0, "frames_indices": [0, 20, 40, 60, 80]} if timed else {"fps": 2.0, "frames_indices": [*range(6)]}
+        metadata = [times | {"total_num_frames": times["frames_indices"][-1] + 1}]
         out = full(text=[words], videos=[pictures], video_metadata=metadata, return_tensors="pt")
     else:
         out = full(text=[words], images=pictures, return_tensors="pt")
@@ -124,7 +131,45 @@ def test_tokens_positions_and_pixels_equal_the_full_processor(backbone, photo, t
     torch.testing.assert_close(pixels, out[names[0]], atol=1e-5, rtol=0)
     extra = {name: out[name] for name in (names[1], "second_per_grid_ts") if name in out}
     positions, _ = backbone.model.model.get_rope_index(out["input_ids"], out["mm_token_type_ids"], **extra)
-    assert prefix.positions.tolist() == positions[:, 0].tolist()
+    # Behind a video with times as positions transformers goes on from another number than Qwen: see mrope_positions.
+    same = len(prefix.ids) - (video and family == "qwen2_5_vl")
+    assert prefix.positions[:, :same].tolist() == positions[:, 0, :same].tolist()
+
+
+def video_scene(folder, names):
+    for name in names:
+        Image.new("RGB", (64, 64)).save(folder / name)
+    return common.Scene(tuple(str(folder / name) for name in names), "video", [])
+
+
+def test_times_of_numbered_frames(tmp_path):
+    """The mean time of the two frames of a pair; an odd number of frames repeats the last one. By hand, 30 frames a second."""
+    scene = video_scene(tmp_path, ["0.jpg", "45.jpg", "90.jpg", "scene0011_00-150.jpg", "frame_000300.jpg"])
+    assert common.pair_times(scene.images, None, 30.0) == [0.75, 4.0, 10.0]
+    assert common.pair_times(scene.images, None, 15.0) == [1.5, 8.0, 20.0]
+    grids = torch.tensor([[3, 4, 2]])
+    span = "<|vision_start|><|video_pad|><|video_pad|><|vision_end|>"
+    wanted = f"<0.8 seconds>{span}<4.0 seconds>{span}<10.0 seconds>{span}"
+    assert common.picture_text(grids, 2, True, common.pair_times(scene.images, None, 30.0)) == wanted
+
+
+@pytest.mark.parametrize("names", [["a.jpg", "b.jpg"], ["20.jpg", "0.jpg"], ["a.jpg", "20.jpg"]], ids=str)
+def test_frames_without_rising_numbers_have_no_times(tmp_path, names):
+    with pytest.raises(SystemExit, match=f"{names[0]} and the other frames of its video have no rising numbers"):
+        common.pair_times(video_scene(tmp_path, names).images, None, 30.0)
+
+
+def test_times_of_an_mp4_are_its_own(tmp_path, tiny_models):
+    """10 frames a second; five of 21 frames are 0, 5, 10, 15 and 20."""
+    pytest.importorskip("decord")
+    write_mp4(tmp_path / "a.mp4", [Image.new("RGB", (64, 64), (10 * n, 10 * n, 10 * n)) for n in range(21)])
+    backbone = common.load_backbone(tiny_models("qwen3_vl"), "fp32")
+    backbone.frames, backbone.fps = 5, 1000.0
+    scene = common.Scene((str(tmp_path / "a.mp4"),), "video", [])
+    assert common.scene_patches(backbone, scene)[2] == [0.25, 1.25, 2.0]
+    (prefix,) = common.encode_scenes(backbone, [scene])
+    text = backbone.tokenizer.decode(prefix.ids)
+    assert [part.partition(" seconds>")[0] for part in text.split("<") if " seconds>" in part] == ["0.2", "1.2", "2.0"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -143,9 +188,9 @@ def test_resized_size_is_the_size_of_the_processors_grid(photo, width, height, l
     assert size[0] * size[1] <= limits[1]
 
 
-def test_pixel_limits_given_at_loading_decide_the_size(tiny_model):
+def test_limits_given_at_loading_decide_the_size(tiny_model):
     """The limits belong to a run: they replace those of the model's folder, one by one."""
-    for limits, limit in (({}, 112), ({"max_pixels": 224 * 224}, 224)):
+    for limits, limit in (({}, 112), ({"max_picture_tokens": 64}, 224)):
         backbone = common.load_backbone(tiny_model, "fp32", **limits)
         assert common.resized_size(backbone.processor, 1000, 1000) == (limit, limit)
         _, rows, _ = backbone.processor(images=[Image.new("RGB", (1000, 1000))])["image_grid_thw"][0]
@@ -197,7 +242,7 @@ def test_valid_box(box, valid):
     assert common.valid_box(box) is valid
 
 
-def test_boxes_for_the_model_are_pixels_of_the_resized_picture(processor, ladder_data):
+def test_boxes_for_the_model_are_pixels_of_the_resized_picture(backbone, processor, ladder_data):
     """Pictures of both colour sizes of ScanNet; the label and the order of the keys stay."""
     examples = {e.images[0].split("/")[-2]: e for e in common.read_examples(ladder_data, "locate")}
     assert len(examples) == 2
@@ -205,10 +250,46 @@ def test_boxes_for_the_model_are_pixels_of_the_resized_picture(processor, ladder
         with Image.open(example.images[0]) as image:
             width, height = image.size
         assert common.resized_size(processor, width, height) == (112, 84)
-        for before, after in zip(example.answer, common.boxes_for_model(processor, example), strict=True):
+        for before, after in zip(example.answer, common.boxes_for_model(backbone, example), strict=True):
             factors = np.array([112 / width, 84 / height] * 2)
             assert after["bbox_2d"] == np.round(before["bbox_2d"] * factors).tolist()
             assert list(after) == ["bbox_2d", "label"] and after["label"] == before["label"]
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_boxes_of_other_families_are_thousandths_of_the_picture(tiny_models, ladder_data, family):
+    """Whatever the picture is resized to; each side keeps at least one unit. What is learnt is what scores 1."""
+    backbone = common.load_backbone(tiny_models(family), "fp32")
+    for example in common.read_examples(ladder_data, "locate"):
+        width, height = common.picture_size(example.images[0])
+        before, example.answer = example.answer, common.boxes_for_model(backbone, example)
+        for old, new in zip(before, example.answer, strict=True):
+            factors = np.array([1000 / width, 1000 / height] * 2)
+            assert new["bbox_2d"] == np.round(old["bbox_2d"] * factors).tolist() and new["label"] == old["label"]
+        assert common.score_answers([common.boxes_text(example.answer)], [example])[0] == [1.0]
+    example.answer = [{"bbox_2d": [0, 0, width, height], "label": "room"}, {"bbox_2d": [0, 0, 0.1, 0.1], "label": "point"}]
+    assert [box["bbox_2d"] for box in common.boxes_for_model(backbone, example)] == [[0, 0, 1000, 1000], [0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("family, box", [("qwen2_5_vl", [28, 28, 84, 56]), ("qwen3_vl", [250, 250, 750, 500])])
+def test_drawn_boxes_lie_where_the_model_meant_them(backbone, tmp_path, family, box):
+    """In a black picture of 112 x 112 pixels, from 28 to 84 and from 28 to 56; boxes.png is three times as large."""
+    Image.new("RGB", (112, 112)).save(tmp_path / "a.png")
+    backbone.family, answer = common.FAMILIES[family], [{"bbox_2d": box, "label": "cube"}]
+    row = {"model": "m", "id": "spld:1", "mode": "locate", "question_type": "locate", "images": [str(tmp_path / "a.png")],
+           "answer": answer, "text": common.boxes_text(answer), "temperature": 0.0, "score": 1.0, "question": "q",
+           "options": None}  # fmt: skip
+    report.draw_boxes([row], tmp_path / "boxes.png", ["m"], backbone)
+    sheet = np.asarray(Image.open(tmp_path / "boxes.png"))
+    for top in (0, 336 + 6):  # the truth, and the model
+        rows, columns = (sheet[top : top + 336, :336] == (255, 165, 0)).all(-1).nonzero()
+        assert (columns.min(), rows.min(), columns.max(), rows.max()) == (84, 84, 251, 167)
+    boxes = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "thumbnails", lambda paths, some: boxes.extend(some))
+        item = SimpleNamespace(example=SimpleNamespace(id="spld:1"), boxes={})
+        report.report_answers([row], {"spld:1": item}, backbone)
+    assert boxes == [([28, 28, 84, 56], "lime"), ([28, 28, 84, 56], "orange")]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -178,10 +178,10 @@ def test_no_room_is_trained_on_and_scored(backbone, ladder_data, tmp_path, seed,
     scans = [f"scene{n:04d}_00" for n in range(50)] + [f"scene{n:04d}_01" for n in range(10)]
     split_data(tmp_path, ladder_data, scans)
     settings = make_settings(tmp_path, data=str(tmp_path), seed=seed)
-    held_out = [rooms_of(runs.held_out_scenes(settings, [kind], backbone.processor)) for kind in KINDS]
+    held_out = [rooms_of(runs.held_out_scenes(settings, [kind], backbone)) for kind in KINDS]
     assert held_out[0] == held_out[1] == held_out[2] and len({scan[:9] for scan in held_out[0]}) == 1
     for kinds in ([kind] for kind in KINDS):
-        trained = rooms_of(runs.training_scenes(settings, kinds, backbone.processor))
+        trained = rooms_of(runs.training_scenes(settings, kinds, backbone))
         assert not {scan[:9] for scan in trained} & {scan[:9] for scan in held_out[0]}
         assert trained | held_out[0] == set(scans)
     text = f"{60 - len(held_out[0])} training scenes; left out: {len(held_out[0])} scenes of 1 held-out rooms"
@@ -232,18 +232,59 @@ def test_what_any_stage_scores_is_in_no_pack_of_any_stage(tiny_model, ladder_dat
     assert not folder or scored == {"scene0003_00", "scene0100_00"}
 
 
+@pytest.fixture
+def typed(ladder_data, tmp_path):
+    """ladder_data with a question_type in its cold-start rows, as the toy has them."""
+    shutil.copytree(ladder_data, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / common.FILES["coldstart"]
+    rows = common.read_jsonl(path)
+    lines = [json.dumps(row | {"question_type": kind}) for row, kind in zip(rows, ["object size", "room size"] * 2)]
+    path.write_text("\n".join(lines))
+    return tmp_path
+
+
+@pytest.mark.parametrize("kinds", [["spatial", "locate", "coldstart"], ["locate", "coldstart", "spatial"]])
+def test_with_types_only_those_are_trained_on_beside_localisation(backbone, typed, kinds):
+    found = Counter()
+    for types in ([], ["room size", "object size"]):
+        settings = stage2_understand.UnderstandSettings(data=str(typed), eval_scenes=0, types=types)
+        scenes = runs.training_scenes(settings, kinds, backbone)
+        found[bool(types)] = Counter(example.question_type for scene in scenes for example in scene.examples)
+    assert found[True] == {"object size": 2, "room size": 1, "locate": 6, "coldstart": 4}
+    assert found[False]["relative direction"] == 3 and found[False].total() == 24
+    settings.types = ["object size"]
+    scenes = runs.training_scenes(settings, ["coldstart"], backbone)
+    assert sum(len(scene.examples) for scene in scenes) == 2
+
+
+def test_types_need_a_question_type_and_rows(typed):
+    path = typed / common.FILES["coldstart"]
+    with pytest.raises(SystemExit, match=r"spld_spatial_data.jsonl has no rows of --types obj size. It has absolute distance,"):
+        common.read_examples(typed, "spatial", ["obj size", "room size"])
+    assert len(common.read_examples(typed, "coldstart", ["object count", "room size"])) == 2  # not all types have traces
+    with pytest.raises(SystemExit, match=r"spld_coldstart_data.jsonl has no rows of --types object count. It has object size,"):
+        common.read_examples(typed, "coldstart", ["object count"])
+    for wrong in (None, ["room size"]):
+        rows = common.read_jsonl(path)
+        rows[2]["question_type"] = wrong
+        path.write_text("\n".join(map(json.dumps, rows)))
+        with pytest.raises(SystemExit, match=r"spld_coldstart_data.jsonl row 3 \(question_id 2\): it has no question_type"):
+            common.read_examples(typed, "coldstart", ["room size"])
+        assert len(common.read_examples(typed, "coldstart")) == 4
+
+
 def test_a_data_folder_may_be_called_heldout(backbone, ladder_data, tmp_path):
     (tmp_path / "heldout").mkdir()
     split_data(tmp_path / "heldout", ladder_data, [f"scene{n:04d}_00" for n in range(9)])
     settings = make_settings(tmp_path, data=str(tmp_path / "heldout"))
     assert len(runs.held_out_rooms(settings)) == 1
-    assert len(rooms_of(runs.training_scenes(settings, ["spatial"], backbone.processor))) == 8
+    assert len(rooms_of(runs.training_scenes(settings, ["spatial"], backbone))) == 8
 
 
 def test_with_eval_scenes_0_all_is_trained_on_and_nothing_scored(backbone, ladder_data, tmp_path):
     settings = make_settings(tmp_path, data=str(ladder_data), eval_scenes=0)
-    assert runs.held_out_scenes(settings, ["spatial"], backbone.processor) == []
-    assert len(runs.training_scenes(settings, ["spatial"], backbone.processor)) == 4
+    assert runs.held_out_scenes(settings, ["spatial"], backbone) == []
+    assert len(runs.training_scenes(settings, ["spatial"], backbone)) == 4
 
 
 def test_a_heldout_folder_is_scored_and_all_other_rooms_are_trained_on(backbone, ladder_data, tmp_path):
@@ -252,16 +293,16 @@ def test_a_heldout_folder_is_scored_and_all_other_rooms_are_trained_on(backbone,
     (tmp_path / "heldout").mkdir()
     split_data(tmp_path / "heldout", ladder_data, ["scene0100_00", "scene0101_00"])
     settings = make_settings(tmp_path, data=str(tmp_path), eval_scenes=5)
-    assert rooms_of(runs.training_scenes(settings, KINDS, backbone.processor)) == set(scans)
-    assert rooms_of(runs.held_out_scenes(settings, ["locate"], backbone.processor)) == {"scene0100_00", "scene0101_00"}
-    assert len(runs.held_out_scenes(make_settings(tmp_path, data=str(tmp_path), eval_scenes=1), KINDS, backbone.processor)) == 1
+    assert rooms_of(runs.training_scenes(settings, KINDS, backbone)) == set(scans)
+    assert rooms_of(runs.held_out_scenes(settings, ["locate"], backbone)) == {"scene0100_00", "scene0101_00"}
+    assert len(runs.held_out_scenes(make_settings(tmp_path, data=str(tmp_path), eval_scenes=1), KINDS, backbone)) == 1
 
 
 def test_one_room_alone_is_trained_on(backbone, ladder_data, tmp_path):
     split_data(tmp_path, ladder_data, ["scene0001_00", "scene0001_01"])
     settings = make_settings(tmp_path, data=str(tmp_path))
-    assert runs.held_out_scenes(settings, KINDS, backbone.processor) == []
-    assert len(rooms_of(runs.training_scenes(settings, KINDS, backbone.processor))) == 2
+    assert runs.held_out_scenes(settings, KINDS, backbone) == []
+    assert len(rooms_of(runs.training_scenes(settings, KINDS, backbone))) == 2
 
 
 @pytest.mark.parametrize("path,room", [
@@ -437,7 +478,7 @@ def test_a_fully_tuned_model_is_saved_as_it_is(backbone, scenes, tmp_path):
 
 
 def test_pixel_limits_of_a_run_are_saved_with_its_model(tiny_model, tmp_path):
-    files.save_model(common.load_backbone(tiny_model, "fp32", min_pixels=28 * 28, max_pixels=84 * 84), tmp_path)
+    files.save_model(common.load_backbone(tiny_model, "fp32", min_picture_tokens=1, max_picture_tokens=9), tmp_path)
     saved = common.load_backbone(tmp_path / "model", "fp32")
     assert common.resized_size(saved.processor, 1000, 1000) == (84, 84)
     assert common.resized_size(saved.processor, 28, 28) == (28, 28)
@@ -525,7 +566,9 @@ def test_a_4bit_models_merge_gives_the_logits_of_its_adapter_on_the_stored_model
     assert (found - wanted).norm() < 0.01 * (wanted - plain).norm()
     told = json.loads((tmp_path / "model" / "config.json").read_text())
     stored = json.loads((tmp_path / "base" / "config.json").read_text())
-    assert told == stored
+    older = [told["text_config"].pop(name) for name in ("rope_theta", "rope_scaling")]  # for transformers 4.57, see files.py
+    rope = stored["text_config"]["rope_parameters"]
+    assert told == stored and {"rope_theta": older[0]} | older[1] == rope
 
 
 # ------------------------------------------------------------------------------------------------
@@ -841,7 +884,7 @@ def test_of_a_large_file_pieces_are_compared_and_of_a_small_one_all(tmp_path):
 
 WRITES = [
     (PeftModel, "save_pretrained"), (Qwen2_5_VLForConditionalGeneration, "save_pretrained"),
-    (Qwen2VLImageProcessorPil, "save_pretrained"), (Path, "rename"), (shutil, "rmtree"),
+    (Qwen2VLImageProcessorPil, "save_pretrained"), (Path, "replace"), (shutil, "rmtree"),
 ]  # fmt: skip
 
 
@@ -944,3 +987,25 @@ def test_orthogonalize_keeps_the_directions_and_evens_the_lengths():
     inner = u.T @ runs.orthogonalize(matrix) @ v.T  # diagonal if the singular vectors are the same
     lengths = inner.diagonal()
     assert (inner - lengths.diag()).abs().max() < 1e-3 and 0.6 < lengths.min() and lengths.max() < 1.3
+
+
+def test_the_processes_share_the_matrices_and_their_parts_add_up_to_the_whole_update(monkeypatch):
+    torch.manual_seed(2)
+    shapes = [(6, 4), (4, 4), (3, 8)]
+    start, gradients = ([torch.randn(shape) for shape in shapes] for _ in range(2))
+
+    def updates(rank, world_size):
+        parameters = [torch.nn.Parameter(x.clone()) for x in start]
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.grad = gradient.clone()
+        parts = []
+        monkeypatch.setattr(runs, "rank", lambda: rank)
+        monkeypatch.setattr(runs, "world_size", lambda: world_size)
+        monkeypatch.setattr(runs, "all_reduce_tensors", lambda tensors: parts.extend(tensors) or tensors)
+        runs.Muon(parameters, lr=0.1, weight_decay=0.0).step()
+        return parts
+
+    whole, first, second = updates(0, 1), updates(0, 2), updates(1, 2)
+    assert [bool(part.any()) for part in first + second] == [True, False, True, False, True, False]
+    for together, a, b in zip(whole, first, second):
+        assert torch.equal(together, a + b)

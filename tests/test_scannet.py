@@ -1017,7 +1017,7 @@ def derived(row, rest):
         offset = complex(float(right) * (1 if side == "right" else -1), float(ahead) * (1 if along == "front" else -1))
         return direction_of(offset)[1]
     if kind in ("relative direction", "perspective taking"):
-        degrees, way = re.match(r"turn (\d+) to the (left|right): ", rest).groups()
+        degrees, way = re.search(r"(?:^|; )turn (\d+) to the (left|right): ", rest).groups()
         angle = float(degrees) if way == "left" else (360 - float(degrees)) % 360
         if kind == "perspective taking":
             return EIGHT[int((angle + 22.5) // 45) % 8]
@@ -1050,6 +1050,7 @@ def test_thoughts_lead_to_the_answers(scenes):
 
 
 def test_thoughts_say_where_things_are(scenes):
+    with_offsets = Counter()
     for scene in scenes:
         truth = scene.truth
         for row in scene.rows:
@@ -1057,19 +1058,23 @@ def test_thoughts_say_where_things_are(scenes):
             objects = {box.number: box for box in truth.made.boxes}
             assert [label for label, *_ in places] == [objects[number].label for number in ordered_asked(scene, row, places)]
             for (_, *spot), number in zip(places, ordered_asked(scene, row, places)):
-                want = np.array(objects[number].centre)
-                if of_one_frame(row):
-                    camera = truth.camera[numbers_of(row)[0]]
-                    step = complex(*(want - camera.place)[:2]) * cmath.exp(1j * (math.pi / 2 - camera.yaw))
-                    want = np.array([step.real, step.imag, want[2] - camera.place[2]])
+                want, camera = np.array(objects[number].centre), truth.camera[numbers_of(row)[0]]  # of the first picture
+                step = complex(*(want - camera.place)[:2]) * cmath.exp(1j * (math.pi / 2 - camera.yaw))
+                want = np.array([step.real, step.imag, want[2] - camera.place[2]])
                 assert np.abs(want - spot).max() <= 0.05 + 1e-6
-            if of_one_frame(row) and (sides := re.findall(SIDE, rest)):
+            if sides := re.findall(SIDE, rest):
                 camera, named = truth.camera[numbers_of(row)[0]], truth.named(numbers_of(row))
                 *others, last = [label for label, *_ in places]
+                if "turn" in rest:  # from where somebody stands
+                    last, *others = [label for label, *_ in places]
+                assert len(sides) == len(others)
                 for label, (side, right, along, ahead) in zip(others, sides):
                     offset = truth.offset(named[label], named[last], camera)
                     assert abs(abs(offset.real) - float(right)) <= 0.051 and abs(abs(offset.imag) - float(ahead)) <= 0.051
                     assert (side == "right") == (offset.real > 0) and (along == "front") == (offset.imag > 0)
+                    with_offsets[row["data_type"], row["question_type"]] += 1
+    for data_type in ("multi_view", "video"):
+        assert min(with_offsets[data_type, kind] for kind in ("relative direction", "relative distance", "absolute distance")) > 5
 
 
 def ordered_asked(scene, row, places):
@@ -1133,7 +1138,8 @@ def test_files_are_as_the_stages_read_them(done):
         assert len(examples) == len(rows_in(done, kind)) > 10
         assert {example.data_type for example in examples} == ({"single_image"} if kind == "locate" else {*common.DATA_TYPES})
     for row in rows_in(done):
-        assert set(row) == FIELDS and type(row["question_id"]) is int and type(row["answer"]) is str
+        assert set(row) - {"boxes"} == FIELDS and ("boxes" in row) == (row["data_type"] == "single_image")
+        assert type(row["question_id"]) is int and type(row["answer"]) is str
         assert len(row["image"]) == {"single_image": 1, "multi_view": 8, "video": 16}[row["data_type"]]
         assert row["question_type"] in TYPES[row["data_type"]]
         assert numbers_of(row) == tuple(sorted(set(numbers_of(row))))
@@ -1164,6 +1170,7 @@ def test_localisation_mirrors_the_single_images(done, root):
         assert {name: row[name] for name in ("question", "image", "data_type")} == {
             name: single[row["question_id"]][name] for name in ("question", "image", "data_type")
         }
+        assert row["answer"] == single[row["question_id"]]["boxes"]
         truth, numbers = truths[row["image"][0].split("/")[0]], numbers_of(row)
         named, boxes = truth.named(numbers), truth.sight(numbers[0])[0]
         for box in row["answer"]:
@@ -1183,7 +1190,8 @@ def test_cold_start_rows_are_solved_spatial_rows(done):
     assert len({row["question_id"] for row in rows}) == len(rows) == min(1255, len(spatial))
     for row in rows:
         question = spatial[row["question_id"]]
-        assert set(row) == {"question_id", "prompt", "solution", "image", "data_type"}
+        assert set(row) == {"question_id", "prompt", "solution", "image", "data_type", "question_type"}
+        assert row["question_type"] == question["question_type"]
         assert row["image"] == question["image"] and row["data_type"] == question["data_type"]
         assert question["question"] in row["prompt"] and all(option in row["prompt"] for option in question["options"] or [])
         thought, answer = re.fullmatch(r"<think> ?(.+?) ?</think><answer>(.+)</answer>", row["solution"]).groups()

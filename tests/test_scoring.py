@@ -3,6 +3,7 @@
 import math
 import random
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -382,7 +383,7 @@ def test_constant_guess_of_numbers_is_the_training_answer_with_the_highest_relat
     test = [example("object size", size) for size in ("100", "80", "1000", "100")]
     # 100 scores 1, 1, 0, .9+ on the training answers, more than 10 (1 of 4) and 105 (.9, .9, 0, 1) do.
     # On the test: 1; |100 - 80| / 80 = .25 is met by .50 ... .75, so .6; 0; 1.
-    assert benchmarks.constant_guess(train, test) == {"object size": pytest.approx((1 + 0.6 + 0 + 1) / 4)}
+    assert benchmarks.constant_guess(train, test) == {"single_image: object size": pytest.approx((1 + 0.6 + 0 + 1) / 4)}
 
 
 def test_constant_guess_of_choices_is_the_most_frequent_training_answer():
@@ -390,7 +391,10 @@ def test_constant_guess_of_choices_is_the_most_frequent_training_answer():
     test = [example("relative distance", letter, PAIR) for letter in "ABBB"]
     train += [example("relative direction", letter, SIDES) for letter in "CCA"]
     test += [example("relative direction", letter, SIDES) for letter in "CABD"]
-    assert benchmarks.constant_guess(train, test) == {"relative distance": 0.75, "relative direction": 0.25}
+    assert benchmarks.constant_guess(train, test) == {
+        "single_image: relative direction": 0.25,
+        "single_image: relative distance": 0.75,
+    }
 
 
 def test_constant_guess_tells_directions_with_other_words_apart():
@@ -398,7 +402,7 @@ def test_constant_guess_tells_directions_with_other_words_apart():
     train = [example("relative direction", letter, SIDES) for letter in "AAB"]
     train += [example("relative direction", letter, corners) for letter in "DDDC"]
     test = [example("relative direction", "A", SIDES), example("relative direction", "D", corners)]
-    assert benchmarks.constant_guess(train, test) == {"relative direction": 1.0}
+    assert benchmarks.constant_guess(train, test) == {"single_image: relative direction": 1.0}
 
 
 def test_constant_guess_is_of_words_whatever_their_letter():
@@ -407,7 +411,19 @@ def test_constant_guess_is_of_words_whatever_their_letter():
     train = [example("relative direction", "A", SIDES), example("relative direction", "B", mirrored)]
     train += [example("relative direction", "B", mirrored), example("relative direction", "B", SIDES)]
     test = [example("relative direction", "A", SIDES), example("relative direction", "B", mirrored)]
-    assert benchmarks.constant_guess(train, test) == {"relative direction": 1.0}
+    assert benchmarks.constant_guess(train, test) == {"single_image: relative direction": 1.0}
+
+
+def test_constant_guess_tells_kinds_of_pictures_apart():
+    """One picture: the commonest of 3, 3, 2 is right once of two. Video: of 9, 9, 4 once of three. In the order of DATA_TYPES."""
+    train = [example("object count", count) for count in "332"] + [video("object count", count) for count in "994"]
+    test = [video("object count", "9"), *(example("object count", count) for count in "37"), *(video("object count", "1"),) * 2]
+    guess = benchmarks.constant_guess(train, test)
+    assert list(guess.items()) == [("single_image: object count", 0.5), ("video: object count", pytest.approx(1 / 3))]
+
+
+def video(*parts):
+    return replace(example(*parts), data_type="video")
 
 
 def test_skill_is_the_share_of_the_way_from_the_guess_to_perfect():

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import common
 import eval as evaluation
@@ -43,7 +43,7 @@ TINY = {  # flags of a small toy ladder
     "stage2_understand": (*TRAIN, "--max_steps", "4"),
     # Here max_steps bounds the cold start, which ends before it at the share of well-formed answers asked for.
     "stage3_grpo": (*TRAIN, "--train_batch", "6", "--group_size", "4", "--max_new_tokens", "16", "--steps", "4", "--mu", "1",
-                    "--beta", "0.1", "--cold_steps", "150", "--cold_format", "0.3", "--cold_mix", "0", "--max_steps", "150"),
+                    "--beta", "0.1", "--cold_steps", "150", "--cold_format", "0.1", "--cold_mix", "0", "--max_steps", "150"),
 }  # fmt: skip
 STAGES = {"stage1_localize": "stage1", "stage2_understand": "stage2", "stage3_grpo": "stage3"}
 
@@ -125,7 +125,7 @@ def check_picture(path):
 
 def check_model(folder):
     """A plain model folder: it opens without anything of ours, and answers a forward pass."""
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("Where is it?", return_tensors="pt")["input_ids"]
     with torch.no_grad():
@@ -194,10 +194,10 @@ def test_preset_3b_is_lora_in_bf16_and_a_flag_beats_it(module, before):
 
     plain = parse()
     assert (plain.load, plain.tune, plain.checkpointing, plain.keep_features) == ("bf16", "lora", True, False)
-    assert 0 < plain.min_pixels < plain.max_pixels and plain.out == f"runs/3b/{stage}"
+    assert 0 < plain.min_picture_tokens < plain.max_picture_tokens and plain.out == f"runs/3b/{stage}"
     assert plain.model == ("Qwen/Qwen2.5-VL-3B-Instruct" if stage == "stage1" else f"runs/3b/{before}/model")
-    changed = parse("--max-pixels", "5000", "--lr=0.5", "--checkpointing", "false", "--model", "there")
-    assert (changed.max_pixels, changed.lr, changed.checkpointing, changed.model) == (5000, 0.5, False, "there")
+    changed = parse("--max-picture-tokens", "5000", "--lr=0.5", "--checkpointing", "false", "--model", "there")
+    assert (changed.max_picture_tokens, changed.lr, changed.checkpointing, changed.model) == (5000, 0.5, False, "there")
 
 
 MISTAKES = {  # what is wrong: script and flags, words of the message
@@ -282,7 +282,7 @@ def test_every_stage_starts_from_the_one_before_and_moves(ladder):
 def test_the_cold_start_ends_where_its_measured_format_is_good_enough(ladder):
     rows = metrics(ladder / "runs" / "toy" / "coldstart")
     measured = [row["format"] for row in rows if "format" in row]
-    assert len(rows) < 150 and measured[-1] >= 0.3 and all(share < 0.3 for share in measured[:-1])
+    assert len(rows) < 150 and measured[-1] >= 0.1 and all(share < 0.1 for share in measured[:-1])
 
 
 def test_stage_3_logs_what_grpo_must_be_watched_by(ladder):
@@ -308,7 +308,8 @@ def test_eval_writes_every_number_asked_for(evaluated):
         skill = np.mean([(model["by_type"][k] - g) / (1 - g) for k, g in scores["guess"].items() if g < 1])
         assert np.isclose(model["skill"], skill)
     head, *rows = common.read_jsonl(evaluated / "predictions.jsonl")
-    assert list(head["settings"]["models"]) == list(scores["models"]) and head["settings"]["prompts"] == common.INSTRUCTIONS
+    assert list(head["settings"]["models"]) == list(scores["models"])
+    assert head["settings"]["prompts"] == dict.fromkeys(scores["models"], common.INSTRUCTIONS)
     for name, model in scores["models"].items():  # the models that nobody has taught to think are asked direct answers only
         modes = ["direct"] if name in ("base", "stage1", "stage2") else ["direct", "think"]
         asked = {(row["mode"], row["temperature"]) for row in rows if row["model"] == name}
@@ -320,7 +321,9 @@ def test_eval_writes_every_number_asked_for(evaluated):
     report = (evaluated / "report.html").read_text(encoding="utf-8")
     assert report.count("</script>") == 2 and all(name in report for name in scores["models"])
     table = (evaluated / "table.txt").read_text()
-    assert all(word in table for word in [*scores["models"], *scores["guess"], "best constant guess", "IoU", "skill"])
+    assert all(word in table for word in [*scores["models"], "best constant guess", "IoU", "skill"])
+    assert set(scores["counts"]) == set(scores["guess"]) and sum(scores["counts"].values()) == 12
+    assert all(kind.replace("_", " ") in table for kind in scores["guess"])
 
 
 def test_scores_are_json_that_every_reader_takes(evaluated):
@@ -445,7 +448,7 @@ def released(tmp_path_factory, tiny_model, ladder_data):
     """The folder in which stages 1 to 3 have run on the released schema with the 3b preset and a tiny model."""
     folder = tmp_path_factory.mktemp("released")
     flags = ("--preset", "3b", "--data", ladder_data, *ONE, "--load", "fp32", "--train_batch", "2", "--branches", "3",
-             "--min_pixels", 56 * 56, "--max_pixels", 84 * 84, "--eval_scenes", "2", "--max_steps", "2")  # fmt: skip
+             "--min_picture_tokens", 4, "--max_picture_tokens", 9, "--eval_scenes", "2", "--max_steps", "2")  # fmt: skip
     succeed(folder, "stage1_localize", *flags, "--model", tiny_model, "--train_batch", "1", "--branches", "1")
     succeed(folder, "stage2_understand", *flags)
     succeed(folder, "stage3_grpo", *flags, "--train_batch", "2", "--group_size", "2", "--max_new_tokens", "16")
@@ -477,7 +480,7 @@ def test_qlora_goes_the_whole_way(tiny_model, ladder_data, tmp_path, monkeypatch
     rng = np.random.default_rng(0)
     monkeypatch.setattr(stage3_grpo, "rewards", lambda texts, *_: {"accuracy": rng.random(len(texts))})
     flags = ["--preset", "3b", "--data", str(ladder_data), *ONE, "--load", "4bit", "--train_batch", "2", "--branches", "3",
-             "--min_pixels", str(56 * 56), "--max_pixels", str(84 * 84), "--eval_scenes", "2", "--max_steps", "2",
+             "--min_picture_tokens", "4", "--max_picture_tokens", "9", "--eval_scenes", "2", "--max_steps", "2",
              "--keep_features", "true"]  # fmt: skip
     for module, more in (
         (stage1_localize, ["--model", str(tiny_model)]),

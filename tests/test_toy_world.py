@@ -1,16 +1,18 @@
 """The toy world against slow independent checks: rays marched in small steps, masks counted, geometry by hand."""
 
+import itertools
 import json
 import math
 import random
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from plyfile import PlyData
 
 import stage0_data
-from support import scannet, toy_world
+from support import report, scannet, toy_world
 
 STEP = 0.002  # metres of depth between two samples of a marched ray
 
@@ -20,7 +22,9 @@ def solid(shape, size, x, y, yaw=0.0, colour="red"):
 
 
 def room_of(*solids, yaws=(0.0,)):
-    return {"solids": list(solids), "cameras": [toy_world.toy_camera(yaw) for yaw in yaws], "floor": [150, 150, 150]}
+    cameras = [toy_world.toy_camera(yaw) for yaw in yaws]
+    return {"solids": list(solids), "cameras": cameras, "numbers": range(0, 20 * len(yaws), 20), "half": (2.5, 2.5),
+            "floor": [150, 150, 150]}  # fmt: skip
 
 
 def written(room, folder, seed=0):
@@ -51,8 +55,8 @@ def marched(room, camera, column, row, grow=0.0):
     points = camera[:3, 3] + depth[:, None] * ray
     # It leaves through the floor or a wall seen from inside; a wall it starts behind, and moves away from, is not met.
     side = np.sign(ray[:2])
-    ahead = side * camera[:2, 3] < toy_world.ROOM / 2
-    left = (points[:, 2] < 0) | ((side * points[:, :2] > toy_world.ROOM / 2) & ahead).any(1)
+    ahead = side * camera[:2, 3] < room["half"]
+    left = (points[:, 2] < 0) | ((side * points[:, :2] > room["half"]) & ahead).any(1)
     first, instance = int(left.argmax()), 0
     for number, thing in enumerate(room["solids"], 1):
         within = inside(thing, points, grow)
@@ -61,17 +65,18 @@ def marched(room, camera, column, row, grow=0.0):
     return instance, depth[first]
 
 
-def test_masks_and_depths_equal_those_of_rays_marched_in_small_steps():
+@pytest.mark.parametrize("make", [toy_world.make_room, toy_world.make_tour])
+def test_masks_and_depths_equal_those_of_rays_marched_in_small_steps(make):
     kept = asked = 0
-    for seed in range(25):
+    for seed in range(15):
         rng = random.Random(seed)
-        room = toy_world.make_room(rng)
+        room = make(rng)
         camera = rng.choice(room["cameras"])
         _, depth, instance = toy_world.render(room, camera)
         # Half of the pixels where the solids are, so that the floor does not win by numbers.
         on = [tuple(place) for place in np.argwhere(instance)]
         anywhere = [(rng.randrange(toy_world.SIDE), rng.randrange(toy_world.SIDE)) for _ in range(12)]
-        for row, column in rng.sample(on, 12) + anywhere:
+        for row, column in rng.sample(on, min(len(on), 12)) + anywhere:
             asked += 1
             found, there = marched(room, camera, column, row)
             # A ray that grazes an edge is undecided at this step: growing the solids by a hair changes what it meets.
@@ -161,9 +166,9 @@ def test_a_point_behind_the_camera_has_no_pixel_and_no_box(tmp_path):
 def test_boxes_of_unhidden_solids_are_the_bounds_of_their_masks(tmp_path):
     toy_world.write_labels(tmp_path / "labels.tsv")
     labels, gaps = scannet.read_labels(tmp_path / "labels.tsv"), []
-    for seed in range(30):
+    for seed in range(24):
         rng = random.Random(f"boxes {seed}")
-        room = toy_world.make_room(rng)
+        room = (toy_world.make_tour if seed % 2 else toy_world.make_room)(rng)
         folder = tmp_path / f"scene{seed:04d}_00"
         toy_world.write_room(room, folder, rng)
         read = stage0_data.read_scannet(folder, labels)
@@ -171,7 +176,8 @@ def test_boxes_of_unhidden_solids_are_the_bounds_of_their_masks(tmp_path):
             boxes, instance = stage0_data.visible_boxes(read, frame)[0], toy_world.render(room, camera)[2]
             for number, thing in enumerate(room["solids"], 1):
                 alone = toy_world.render(room | {"solids": [thing]}, camera)[2] == 1
-                if (alone == (instance == number)).all():
+                inner = alone[1:-1, 1:-1].sum() == alone.sum() > 0  # it is in the picture, and not cut by its border
+                if inner and (alone == (instance == number)).all():
                     rows, columns = np.nonzero(alone)
                     bounds = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
                     gaps += np.abs(np.subtract(bounds, boxes[number + 1])).tolist()  # the floor is instance 1
@@ -218,6 +224,67 @@ def test_reading_gives_back_the_aligned_world(tmp_path):
     for frame, camera in zip(read.frames, room["cameras"]):
         assert np.abs(frame.pose - camera).max() < 1e-6
     assert [frame.number for frame in read.frames] == [20 * number for number in range(len(room["cameras"]))]
+
+
+TOURS = [toy_world.make_tour(random.Random(f"tour {seed}")) for seed in range(20)]
+
+
+def angle_of(camera):
+    """The horizontal angle in which a camera looks, in degrees, counter-clockwise from +x seen from above."""
+    return math.degrees(math.atan2(camera[1, 2], camera[0, 2]))
+
+
+def test_the_camera_of_a_tour_turns_to_the_right_by_quarters_and_a_little_more_for_the_second_frame():
+    for room in TOURS:
+        assert list(room["numbers"]) == [0, 20, 60, 80, 120, 140, 180, 200]
+        start = angle_of(room["cameras"][0])
+        turned = [(start - angle_of(camera)) % 360 for camera in room["cameras"]]  # to the right: clockwise
+        assert np.allclose(np.subtract(turned[1:], [8, 90, 98, 180, 188, 270, 278]), 0)
+        for camera in room["cameras"]:
+            assert np.allclose(camera[:3, 3], [0, 0, toy_world.CAMERA_HEIGHT])
+
+
+def test_every_solid_of_a_tour_is_whole_in_one_first_frame_and_outside_the_other_three():
+    shared = 0
+    for room in TOURS:
+        places = []
+        for thing in room["solids"]:
+            masks = [toy_world.render(room | {"solids": [thing]}, camera)[2] == 1 for camera in room["cameras"][::2]]
+            (place,) = [place for place, mask in enumerate(masks) if mask.any()]
+            rows, columns = np.nonzero(masks[place])
+            assert min(rows.min(), columns.min()) >= 1 and max(rows.max(), columns.max()) <= toy_world.SIDE - 2
+            places.append(place)
+        assert len(set(places)) >= min(4, len(places))
+        shared += len(set(places)) < len(places)
+        for a, b in itertools.combinations(room["solids"], 2):
+            assert math.dist((a["x"], a["y"]), (b["x"], b["y"])) > (a["size"] + b["size"]) / 2
+        for axis, half in zip("xy", room["half"]):
+            assert all(abs(thing[axis]) + thing["size"] / 2 < half for thing in room["solids"])
+    assert shared > 0
+
+
+def test_solids_are_repeated_in_tours_only():
+    def repeats(room):
+        names = [(thing["colour"], thing["shape"]) for thing in room["solids"]]
+        return len(names) - len(set(names))
+
+    rooms = [toy_world.make_room(random.Random(f"small {seed}")) for seed in range(5)]
+    assert not any(map(repeats, rooms)) and all(len({thing["colour"] for thing in r["solids"]}) == len(r["solids"]) for r in rooms)
+    assert {repeats(room) for room in TOURS} >= {0, 1, 2}
+
+
+def test_a_tour_is_read_back_with_its_frames_and_the_area_of_its_floor(tmp_path):
+    areas = []
+    for number, room in enumerate(TOURS[:6]):
+        (tmp_path / str(number)).mkdir()
+        read = written(room, tmp_path / str(number))
+        assert [frame.number for frame in read.frames] == list(toy_world.TOUR)
+        assert all(np.abs(frame.pose - camera).max() < 1e-6 for frame, camera in zip(read.frames, room["cameras"]))
+        x, y = room["half"]
+        # Vertices are rounded to a grid of 5 cm: each of the four walls moves by at most half of it.
+        assert (2 * x - 0.05) * (2 * y - 0.05) - 1e-6 <= read.floor_area <= (2 * x + 0.05) * (2 * y + 0.05) + 1e-6
+        areas.append(read.floor_area)
+    assert max(areas) > 1.5 * min(areas)
 
 
 def test_vertices_lie_on_their_solid_and_reach_its_outline():
@@ -303,3 +370,42 @@ def test_signs_of_camera_offset_by_hand():
     side = toy_world.toy_camera(math.pi / 2)  # looks along -x, right is +y
     assert np.allclose(stage0_data.camera_offset(thing(0, 1), thing(0, 0), side), (1, 0))
     assert np.allclose(stage0_data.camera_offset(thing(-1, 0), thing(0, 0), side), (0, 1))
+
+
+def test_the_vision_task_sees_both_frames_of_a_pair_and_the_colours_of_its_patches(backbone, photo, tmp_path):
+    task = toy_world.VisionTask(backbone.model, backbone.tokenizer, backbone.processor)
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        photo(toy_world.SIDE, toy_world.SIDE, number).save(tmp_path / "images" / f"{number}.png")
+    names = [["0.png"], ["0.png", "0.png"], ["0.png", "1.png"], ["0.png", "2.png"]]
+    with torch.no_grad():
+        *outputs, colours = task([{"image": some} for some in names], tmp_path)
+    for found in outputs:  # cells, names, boxes
+        assert found.shape[:2] == (4, 16) and torch.allclose(found[0], found[1], atol=1e-5)  # a still picture fills both halves
+        assert all((found[2] - found[other]).abs().amax(-1).min() > 1e-4 for other in (0, 3))  # only the second frame differs
+    mean, std = np.array(backbone.processor.image_mean), np.array(backbone.processor.image_std)
+    for some, row in zip(names, colours.numpy()):
+        frames = [(np.asarray(Image.open(tmp_path / "images" / name)) / 255 - mean) / std for name in (some[0], some[-1])]
+        for token in range(16):
+            y, x = 28 * (token // 4), 28 * (token % 4)
+            patches = [(y + down, x + right) for down in (0, 14) for right in (0, 14)]
+            wanted = [frame[top : top + 14, left : left + 14, channel].mean()
+                      for top, left in patches for channel in range(3) for frame in frames]  # fmt: skip
+            assert np.allclose(row[token], wanted, atol=1e-5)
+
+
+def test_the_gallery_draws_all_pictures_of_a_row_also_where_the_first_shows_nothing(tmp_path):
+    """A quarter of a tour may be empty: such a picture has no row in objects.jsonl. Views lie in a grid, a depth picture on top."""
+    row = {"question": "How many?", "options": None, "answer": "2", "question_type": "object count", "data_type": "multi_view",
+           "image": ["0.jpg", "1.jpg", "2.jpg", "3.png"]}  # fmt: skip
+    shown = {"image": ["1.jpg"], "objects": [{"label": "red cube", "bbox_2d": [30, 32, 50, 60]}]}
+    (tmp_path / "images").mkdir()
+    for name, colour in zip(row["image"], ("black", "red", "lime", "blue")):
+        Image.new("RGB", (112, 112), colour).save(tmp_path / "images" / name)
+    (tmp_path / "spld_spatial_data.jsonl").write_text(json.dumps(row))
+    (tmp_path / "objects.jsonl").write_text(json.dumps(shown))
+    sheet = np.asarray(report.draw_gallery(tmp_path, 0)).astype(int)
+    places = {(80, 80): (0, 0, 0), (150, 200): (255, 0, 0), (250, 80): (0, 255, 0), (20, 300): (0, 0, 255)}  # row, column
+    for (y, x), colour in places.items():
+        assert np.abs(sheet[y, x] - colour).max() <= 3
+    assert (sheet[48:90, 170:330] == 255).all(-1).any()  # the white box
