@@ -67,7 +67,6 @@ class GRPOSettings(runs.TrainSettings):
     mu: int = setting(1, "updates with the same rollout")
     mask_overlong: bool = setting(False, "leave completions that were cut at max_new_tokens out of the loss")
     legal_format: bool = setting(True, "reward the format only with a legal answer; false: the paper")
-    balance: bool = setting(False, "ask all pairs of a question type and a kind of pictures equally often")
     locate: float = setting(0.0, "share of localisation questions, rewarded by IoU")
     locate_reward: float = setting(0.0, "weight of a third reward: the mean IoU of the boxes in the thought with those of the "
                                         "objects in the question")  # fmt: skip
@@ -77,8 +76,7 @@ class GRPOSettings(runs.TrainSettings):
 PRESETS = {
     "toy": {
         "load": "fp32", "keep_features": True, "micro_batch": 4, "lr": 1e-3, "lora_rank": 32, "lora_alpha": 32, "steps": 60,
-        "train_batch": 16, "group_size": 8, "max_new_tokens": 208, "locate": 0.2, "beta": 0.03,
-        "warmup": 0.05,
+        "train_batch": 16, "group_size": 8, "max_new_tokens": 208, "locate": 0.2, "beta": 0.03, "warmup": 0.05,
         "cold_lr": 3e-4, "cold_muon_lr": 0.003, "cold_tune": "full", "cold_optimizer": "muon", "cold_steps": 200,
         "cold_mix": 2.0, "cold_format": 0.4, "cold_eval_every": 10, "eval_every": 20, "save_every": 30,
     },
@@ -339,22 +337,12 @@ def evaluate(backbone, questions, boxes, settings):
     return scores
 
 
-def balanced(prompts):
-    """The prompts, with those of rare pairs (question type, kind of pictures) repeated until all pairs are equally frequent."""
-    pairs = {}
-    for prompt in prompts:
-        pairs.setdefault((prompt[1].question_type, prompt[1].data_type), []).append(prompt)
-    longest = max(map(len, pairs.values()))
-    return [group[i % len(group)] for group in pairs.values() for i in range(longest)]
-
-
 def grpo(backbone, prompts, questions, boxes, settings, run):
     """Rollout, rewards, advantages, update. prompts: [(Scene, Example)] to learn from; questions, boxes: held-out scenes."""
     located = [prompt for prompt in prompts if prompt[1].question_type == "locate"]
     asked = [prompt for prompt in prompts if prompt[1].question_type != "locate"]
     if not asked:
         raise SystemExit(f"{settings.data} has no spatial questions to ask.")
-    asked = balanced(asked) if settings.balance else asked
     n_located = round(settings.locate * settings.train_batch) if located else 0
     n_asked, group_size = settings.train_batch - n_located, settings.group_size
     steps = settings.steps or max(1, len(asked) // n_asked)
@@ -440,6 +428,8 @@ def work(settings):
     prompts = [(scene, e) for scene in runs.training_scenes(settings, kinds, backbone) for e in scene.examples]
     questions = runs.held_out_scenes(settings, ["spatial"], backbone)
     boxes = runs.held_out_scenes(settings, ["locate"], backbone) if settings.locate else []
+    if settings.locate_reward and not any(example.boxes for _, example in prompts):
+        raise SystemExit(f"--locate_reward: no row of {settings.data} has boxes. Make the data with stage0_data.py, or use 0.")
     for _, example in prompts if settings.locate_reward else []:
         each = [replace(example, images=example.images[b.get("picture", 1) - 1 :], answer=[b]) for b in example.boxes or []]
         example.boxes = [common.boxes_for_model(backbone, part)[0] for part in each]
