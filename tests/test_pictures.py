@@ -284,12 +284,9 @@ def test_drawn_boxes_lie_where_the_model_meant_them(backbone, tmp_path, family, 
     for top in (0, 336 + 6):  # the truth, and the model
         rows, columns = (sheet[top : top + 336, :336] == (255, 165, 0)).all(-1).nonzero()
         assert (columns.min(), rows.min(), columns.max(), rows.max()) == (84, 84, 251, 167)
-    boxes = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "thumbnails", lambda paths, some: boxes.extend(some))
-        item = SimpleNamespace(example=SimpleNamespace(id="spld:1"), boxes={})
-        report.report_answers([row], {"spld:1": item}, backbone)
-    assert boxes == [([28, 28, 84, 56], "lime"), ([28, 28, 84, 56], "orange")]
+    item = SimpleNamespace(example=SimpleNamespace(id="spld:1", data_type="single_image"))
+    (card,) = report.report_answers([row], {"spld:1": item}, {}, backbone, {})
+    assert card["pictures"] == [(0, [("truth", "cube", 28, 28, 84, 56), ("answer", "cube", 28, 28, 84, 56)])]
 
 
 # ------------------------------------------------------------------------------------------------
