@@ -231,9 +231,10 @@ def thought_iou(texts, examples):
     of the objects in the question, paired by label: (N,). 0 for an example without boxes."""
     out = np.zeros(len(texts))
     for row, (text, example) in enumerate(zip(texts, examples)):
-        written = re.search(r"\[\{.*?\}\]", text.split("<answer>")[0], re.DOTALL)
+        lists = re.findall(r"\[\{.*?\}\]", text.split("<answer>")[0], re.DOTALL)
+        written = [box for some in lists for box in common.parse_boxes(some) or []]
         if written and example.boxes:
-            found = common.match_boxes(common.parse_boxes(written[0]), example.boxes)
+            found = common.match_boxes(written, example.boxes)
             out[row] = common.box_iou(found, [box["bbox_2d"] for box in example.boxes]).mean()
     return out
 

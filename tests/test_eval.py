@@ -589,6 +589,7 @@ def unpack_many(folder):
         benchmarks.unpack([{"bytes": b"x" * 20_000}], folder, n)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="it forks")
 def test_two_processes_may_unpack_at_once(tmp_path):
     with multiprocessing.get_context("fork").Pool(2) as pool:
         pool.map(unpack_many, [tmp_path] * 2, chunksize=1)  # raises what a process raises

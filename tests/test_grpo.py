@@ -299,6 +299,7 @@ THOUGHTS = [  # what is before the answer, example, mean IoU
     (common.boxes_text(BOXES), TWO, 1),
     (f"<think> {common.boxes_text(BOXES)} 1: 0.1,2.0; 2: 1.0,0.4; right 0.9: right </think>", TWO, 1),
     (f"<think>{common.boxes_text(BOXES[::-1])}</think>", TWO, 1),  # paired by label
+    (f"<think>{common.boxes_text(BOXES[:1])} left of {common.boxes_text(BOXES[1:])}</think>", TWO, 1),  # one list each
     (f"<think>{common.boxes_text(BOXES[:1])}</think>", TWO, 0.5),
     (f"<think>{common.boxes_text(HALF)}</think>", TWO, 0.75),
     (f"<think>{common.boxes_text([BOXES[0] | {'label': 'red ball'}])}</think>", TWO, 0),
@@ -353,6 +354,9 @@ def test_the_boxes_that_are_paid_are_in_pixels_that_the_model_sees(tiny_model, t
     right = [{"label": "blue ball", "bbox_2d": [20, 30, 50, 60]}]
     assert stage3_grpo.thought_iou([common.boxes_text(right)] * 2, [seen[0][2], seen[0][0]]).tolist() == [1, 0.5]
     assert seen[1][0].boxes == boxes  # without the reward they stay as they are
+    (tmp_path / common.FILES["spatial"]).write_text(json.dumps(row))
+    with pytest.raises(SystemExit, match=r"--locate_reward: no row of .* has boxes\. Make the data with stage0_data\.py, or use 0"):
+        stage3_grpo.work(settings_of(model=str(tiny_model), out=str(tmp_path / "none" / "stage3"), **more | {"locate_reward": 0.5}))
 
 
 # The loop, on a tiny model
