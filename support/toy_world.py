@@ -417,7 +417,7 @@ class VisionTask(torch.nn.Module):
         names, true_boxes = cell_targets(rows)
         on = names.any(-1)  # (n, 16) cells with an object
         side = common.FAMILIES[self.model.config.model_type].box_side or SIDE
-        numbers = (true_boxes[on] * side).round().long()  # (objects, 4)
+        numbers = (true_boxes[on] * side).round().long().clamp(max=999)  # (objects, 4); 1,000 at a border has four digits
         digits = torch.stack([numbers // 100, numbers // 10 % 10, numbers % 10], -1)  # (objects, 4, 3)
         spelled = self.to_digits(cells[on]).view(-1, 4, 3, cells.shape[-1]) @ self.words[self.digit_ids].T  # (objects, 4, 3, 10)
         return (

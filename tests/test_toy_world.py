@@ -394,6 +394,18 @@ def test_the_vision_task_sees_both_frames_of_a_pair_and_the_colours_of_its_patch
             assert np.allclose(row[token], wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("backbone_name", ["qwen2_5_vl", "qwen3_vl"])
+def test_the_vision_task_has_digits_for_a_box_at_the_border(photo, tmp_path, backbone_name):
+    """112 of 112 pixels are 1,000 in Qwen3-VL's units: more than three digits."""
+    tokenizer = toy_world.build_tokenizer([" ".join(toy_world.NAMES)])
+    model = toy_world.build_model(tokenizer, 0, backbone_name)
+    (tmp_path / "images").mkdir()
+    photo(toy_world.SIDE, toy_world.SIDE).save(tmp_path / "images" / "0.png")
+    task = toy_world.VisionTask(model, tokenizer, toy_world.build_processor(model))
+    row = {"image": ["0.png"], "objects": [{"label": "red cube", "bbox_2d": [84, 84, 112, 112]}]}
+    assert task.loss([row], tmp_path).isfinite()
+
+
 def test_the_gallery_draws_all_pictures_of_a_row_also_where_the_first_shows_nothing(tmp_path):
     """A quarter of a tour may be empty: such a picture has no row in objects.jsonl. Views lie in a grid, a depth picture on top."""
     row = {"question": "How many?", "options": None, "answer": "2", "question_type": "object count", "data_type": "multi_view",
