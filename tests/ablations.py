@@ -77,7 +77,7 @@ def run_arm(arm, seed, out, scale, prices):
     row of the table."""
     parts, richer, flags, mode = ARMS[arm]
     model, folder, taken, spent = Path("runs/toy/base/model"), out / f"seed{seed}" / arm.replace(" ", "_"), [], 0.0
-    same = True  # so far this arm is the full ladder
+    same, start = True, model  # same: so far this arm is the full ladder
     for part in parts:
         steps, here = planned_steps(part, scale), folder
         same = same and part != richer and part == ARMS["full"][0][len(taken)]
@@ -87,7 +87,9 @@ def run_arm(arm, seed, out, scale, prices):
             missing = sum(count * price for name, (count, price) in prices.items() if name not in parts)
             steps = prices[part][0] + round(missing / prices[part][1])
         extra = f"--cold_steps {planned_steps('coldstart', scale)}" if part == "stage3" else ""
-        model, count, price = train(part, here / part, model, seed, steps, f"{extra} {flags if part == richer else ''}")
+        # Stage 3 finds the finished cold start beside its folder, and is given the model from which that was made.
+        start = start if part == "stage3" and "coldstart" in parts else model
+        model, count, price = train(part, here / part, start, seed, steps, f"{extra} {flags if part == richer else ''}")
         if arm == "full":
             prices[part] = count, price
         taken.append(f"{part} {count}")

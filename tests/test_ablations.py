@@ -58,6 +58,7 @@ def test_an_arm_leaves_its_part_out_and_starts_from_the_model_before(trained, tm
     full, own = "seed0/full", [call for call in trained if "without_stage_1" in call[1]]
     assert [call[0] for call in own] == ["stage2", "coldstart", "stage3"]
     assert own[0][2] == "runs/toy/base/model" and own[1][2].endswith("without_stage_1/stage2/model")
+    assert own[2][2] == own[1][2]  # stage 3 begins with the cold start beside it
     shared = [call for call in trained if call[1].startswith(full) and call[0] == "stage1"]
     assert len(shared) == 6  # five arms besides full begin as the full ladder does: they find its finished stage 1
     rl = [call for call in trained if "direct_RL" in call[1]]
