@@ -62,7 +62,7 @@ class EvalSettings(Settings):
                         ("think", "direct", "locate"))  # fmt: skip
     questions: int = setting(0, "number of questions, sampled by seed; 0: 640 of the toy's, all of a benchmark's")
     boxes: int = setting(160, "toy: number of held-out localisation questions (0: all)")
-    max_new_tokens: int = setting(0, "longest completion; 0: 1,024 thinking and 128 direct (the toy: 208 and 24)")
+    max_new_tokens: int = setting(0, "longest completion; 0: 1,024 thinking and 128 direct (the toy: 224 and 24)")
     eval_batch: int = setting(0, "questions answered at once; 0: 256 for a model of under 100 million parameters, else 16")
     load: str = setting("auto", "benchmarks and --ask: weights in memory, fp32, bf16 or 4bit; auto: bf16 on a GPU, fp32 on a CPU",
                         ("auto", *common.LOADS))  # fmt: skip
@@ -89,7 +89,7 @@ class EvalSettings(Settings):
 
 
 PRESETS = {"toy": {}, "3b": {}}
-LIMITS, TOY_LIMITS = {"direct": 128, "think": 1024}, {"direct": 24, "think": 208, "locate": 112}  # new tokens
+LIMITS, TOY_LIMITS = {"direct": 128, "think": 1024}, {"direct": 24, "think": 224, "locate": 112}  # new tokens
 LADDER = ("base", "stage1", "stage2", "coldstart", "stage3")
 DIRECT = ("base", "stage1", "stage2")  # not trained to think: direct answers only
 

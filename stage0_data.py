@@ -70,7 +70,7 @@ class DataSettings(Settings):
     rooms: int = setting(1500, "toy: training rooms, each with eight pictures")
     heldout_rooms: int = setting(160, "toy: rooms for evaluation only")
     backbone: str = setting("qwen2_5_vl", "toy: the family of the base", tuple(common.FAMILIES))
-    base_steps: int = setting(600, "toy: steps of the base's vision training")
+    base_steps: int = setting(800, "toy: steps of the base's vision training")
     base_batch: int = setting(36, "toy: pictures in one such step")
 
 
@@ -108,13 +108,16 @@ RULE_TABLE = {
     "turn_deg": (15.0, "ours", "view change: smallest turn"),
     "depth_m": (5.0, "ours", "depth pictures: everything from this distance on is yellow"),
     "crop_px": (40, "ours", "a part of a picture as a second picture: smallest side in pixels"),
+    "metre_digits": (1, "ours", "thoughts about several pictures: decimals of places and steps in metres ..."),
+    "heading_deg": (1, "ours", "... and the step of their angles"),
     "tries": (100, "ours", "largest number of object groups tried for one type and one view"),
     "per_room_type": (6, "ours", "largest number of questions kept of one type, kind of picture and room, before balancing"),
 }
 RULES = {name: value for name, (value, _, _) in RULE_TABLE.items()}
-# A metre has few pixels in a toy picture, its solids do not touch, and its cameras are far away.
-TOY_RULES = RULES | {"gap_m": 0.3, "direction_m": 0.0, "stand_far_m": 12.0, "compared": 3, "tries": 30, "depth_m": 10.0,
-                     "crop_px": 8}
+# A metre has few pixels in a toy picture, its solids do not touch, and its cameras are far away. A model this small learns to
+# subtract whole metres in minutes, but not decimals.
+TOY_RULES = RULES | {"gap_m": 0.3, "gap_large_m": 1.0, "direction_m": 0.0, "stand_far_m": 12.0, "compared": 3, "tries": 30,
+                     "depth_m": 10.0, "crop_px": 8, "metre_digits": 0, "heading_deg": 20}
 
 # ------------------------------------------------------------------------------------------------
 # 2. Reading rooms
@@ -156,6 +159,7 @@ class Room:
     color_intrinsics: np.ndarray | None
     depth_intrinsics: np.ndarray | None
     floor_area: float  # square metres
+    sides: tuple  # metres, of the smallest rectangle around the floor plan, the shorter first; empty if it is not known
     counts: Counter
     skipped: Counter
     scaled: dict = field(default_factory=dict)  # {"color" | "depth": how the intrinsics were scaled}
@@ -169,7 +173,8 @@ def read_scannet(folder, labels):
     points, things, frames, facts = scannet.read_scan(Path(folder), labels)
     objects = [Object(number, label, some, *upright_box(some)) for number, label, some in things]
     counts, frames = Counter(o.label for o in objects), [Frame(*frame) for frame in frames]
-    return Room(Path(folder).name, objects, frames, floor_area=floor_area(points), counts=counts, **facts)
+    sides = tuple(sorted(upright_box(points)[2][:2]))
+    return Room(Path(folder).name, objects, frames, floor_area=floor_area(points), sides=sides, counts=counts, **facts)
 
 
 def read_meta(path):
@@ -191,7 +196,7 @@ def read_meta(path):
                 for number, (label, box) in enumerate(boxes, 1)
             ]  # fmt: skip
             area, counts = float(facts["room_size"]), Counter(facts["object_counts"])
-            rooms[name] = Room(name, objects, [], None, None, area, counts, Counter())
+            rooms[name] = Room(name, objects, [], None, None, area, (), counts, Counter())
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SystemExit(f"{path}, {name}: {error!r}. A room needs object_bbox, object_counts and room_size.") from None
     return rooms
@@ -431,13 +436,40 @@ def listed(words):
     return f"{', '.join(words[:-1])}{',' if len(words) > 2 else ''} or {words[-1]}"
 
 
-def offset_words(a, b, view):
-    """["right 1.2", "front 0.4"]: the direction from b to a as the camera of the first picture sees it, in metres; front is
-    farther from the camera. Empty if there are no pictures."""
+def written(numbers, view):
+    """Metres as a thought writes them: "0.4,-1.2"; whole ones about several pictures of the toy."""
+    return ",".join(decimals(numbers, view.rules["metre_digits"] if len(view.frames) > 1 else 1))
+
+
+def offset_words(right, front, digits=1):
+    """["right 1.2", "front 0.4"]: a step in metres, as a camera sees it; front is farther from the camera."""
+    side, along = "right" if right > 0 else "left", "front" if front > 0 else "back"
+    return [f"{side} {abs(right):.{digits}f}", f"{along} {abs(front):.{digits}f}"]
+
+
+def step_between(a, b, view):
+    """How far a is to the right of b and beyond it for the camera of the first picture, in metres: the difference of their places
+    as a thought writes them, so that its arithmetic is exact."""
+    (ax, ay), (bx, by) = (map(float, written(place_of(view, thing)[:2], view).split(",")) for thing in (a, b))
+    return round(ax - bx, 1), round(ay - by, 1)
+
+
+def heading(a, b, view):
+    """The angle of the step from b to a to the left of the first camera's viewing direction, in degrees."""
+    right, front = step_between(a, b, view)
+    unit = view.rules["heading_deg"] if len(view.frames) > 1 else 1
+    return round(math.degrees(math.atan2(-right, front)) / unit) * unit % 360
+
+
+def step_words(a, b, view):
+    """["lamp 0.4,2.1 from bed -0.8,1.7: right 1.2, front 0.4"]: the step from b to a. What is subtracted stands beside the
+    result, under its name: a small model learns neither to look it up by its place in a list nor to subtract from afar. Empty if
+    there are no pictures."""
     if not view.frames:
         return []
-    right, front = camera_offset(a, b, view.frames[0].pose)
-    return [f"{'right' if right > 0 else 'left'} {abs(right):.1f}", f"{'front' if front > 0 else 'back'} {abs(front):.1f}"]
+    names = (f"{thing.label} {written(place_of(view, thing)[:2], view)}" for thing in (a, b))
+    digits = view.rules["metre_digits"] if len(view.frames) > 1 else 1
+    return [f"{' from '.join(names)}: {', '.join(offset_words(*step_between(a, b, view), digits))}"]
 
 
 def turn_words(angle, verdict):
@@ -476,7 +508,7 @@ def camera_direction(view):
         yield {
             "question": f"From the camera's perspective, is the {a.label} to the {b.label}'s {listed(words)}?",
             "options": lettered(words), "answer": "ABCD"[words.index(verdict)], "objects": [a, b],
-            "thought": f"{', '.join(offset_words(a, b, view))}: {verdict}",
+            "thought": f"{', '.join(offset_words(right, front))}: {verdict}",
         }  # fmt: skip
 
 
@@ -506,6 +538,10 @@ def standing_direction(view):
             yield "near the border of two answers"
             continue
         verdict, (start, end) = next(item for item in sectors.items() if item[1][0] <= angle < item[1][1])
+        ways = [heading(o, place, view) for o in (facing, target)] if view.frames else []
+        if ways and not start < (turn := (ways[1] - ways[0]) % 360) < end:
+            yield "a thought's rounded numbers would say something else"
+            continue
         turns = bearing(place.centre[:2], facing.centre[:2], corners(target)[:, :2])  # (8,)
         if ((turns < start) | (turns >= end)).sum() > RULES["stand_corners"]:
             yield "extends over the border of two answers"
@@ -515,8 +551,10 @@ def standing_direction(view):
             "question": f"If I am standing by the {place.label} and facing the {facing.label}, is the {target.label} "
                         + words.format(facing=facing.label),
             "options": lettered(options), "answer": answer, "objects": [place, facing, target],
-            "thought": "; ".join([*(", ".join(offset_words(o, place, view)) for o in (facing, target) if view.frames),
-                                  turn_words(angle, verdict)]),
+            "thought": "; ".join([
+                *(f"{words} at {way}" for o, way in zip((facing, target), ways) for words in step_words(o, place, view)),
+                turn_words(turn if ways else angle, verdict),
+            ]),
         }  # fmt: skip
 
 
@@ -536,7 +574,7 @@ def relative_distance(view):
             continue
         labels, answer = view.options(others[0].label, [o.label for o in others[1:]])
         ordered = sorted(others, key=lambda o: labels.index(o.label))
-        steps = [", ".join([*offset_words(o, reference, view), f"apart {view.distance(o, reference):.1f}"]) for o in ordered]
+        steps = [", ".join([*step_words(o, reference, view), f"apart {view.distance(o, reference):.1f}"]) for o in ordered]
         which = f"which of these{' two' if count == 2 else ''} objects ({', '.join(labels)}) is"
         yield {
             "question": f"Measuring from the closest point of each object, {which} {'closer' if count == 2 else 'the closest'} "
@@ -557,7 +595,7 @@ def absolute_distance(view):
             "question": "Measuring from the closest point of each object, what is the distance between "
                         f"the {a.label} and the {b.label} (in meters)?",
             "answer": f"{distance:.1f}", "objects": [a, b],
-            "thought": ", ".join([*offset_words(a, b, view), f"apart {distance:.1f}"]),
+            "thought": ", ".join([*step_words(a, b, view), f"apart {distance:.1f}"]),
         }  # fmt: skip
 
 
@@ -590,18 +628,19 @@ def object_count(view):
         elif is_ambiguous(label, {o.label for o in view.room.objects}):
             yield "another label ends in this one"
         else:
-            if view.data_type == "single_image":
-                same.sort(key=lambda o: view.boxes[0][o.number])
+            if view.frames:
+                same.sort(key=lambda o: (picture_of(view, o), view.boxes[picture_of(view, o)][o.number]))
             where = "are in this room" if view.data_type == "video" else "appear"
             yield {"question": f"How many {label}(s) {where}?", "answer": str(count), "objects": same, "thought": f"count {count}"}
 
 
 def room_size(view):
     """The area of the floor plan in square metres, one decimal. One question a room."""
+    sides = f"sides {' by '.join(decimals(view.room.sides))}, " if view.room.sides else ""
     yield {
         "question": "What is the size of this room (in square meters)? If multiple rooms are shown, estimate the size of the "
                     "combined space.",
-        "answer": f"{view.room.floor_area:.1f}", "objects": [], "thought": f"floor {view.room.floor_area:.1f}",
+        "answer": f"{view.room.floor_area:.1f}", "objects": [], "thought": f"{sides}floor {view.room.floor_area:.1f}",
     }  # fmt: skip
 
 
@@ -622,13 +661,13 @@ def appearance_order(view):
         if min(first[b] - first[a] for a, b in zip(order, order[1:])) <= RULES["apart_s"]:
             yield "appear at nearly the same time"
             continue
-        others = [list(other) for other in itertools.permutations(order) if list(other) != order]
+        asked, others = view.rng.sample(order, 4), [list(x) for x in itertools.permutations(order) if list(x) != order]
         options, answer = view.options(", ".join(order), [", ".join(other) for other in view.rng.sample(others, 3)])
         yield {
             "question": "What will be the first-time appearance order of the following categories in the video: "
-                        f"{', '.join(view.rng.sample(order, 4))}?",
+                        f"{', '.join(asked)}?",
             "options": lettered(options), "answer": answer, "objects": [],
-            "thought": ", ".join(f"{label} after {first[label]:.1f} s" for label in order),
+            "thought": f"{'; '.join(f'{label} after {first[label]:.1f} s' for label in asked)}: {', '.join(order)}",
         }  # fmt: skip
 
 
@@ -731,16 +770,16 @@ class Question(NamedTuple):
 
     generate: Callable  # View -> rows
     pictures: list  # of single_image, multi_view, video
-    toy: int = 0  # largest number of such questions about one scene of the toy
-    places: bool = False  # a thought of the toy also names the places of the objects on the floor
+    toy: int = 0  # largest number of such questions about one picture of the toy; about several pictures thrice as many
+    places: tuple = ()  # for these pictures a thought of the toy also names the places of the objects on the floor
     extra: bool = False  # only with --extra
     pair: bool = False  # rows about one picture name a second one, made from it: their data_type becomes multi_view
 
 
 GENERATORS = {
-    "relative direction": Question(relative_direction, ["single_image", "multi_view", "video"], toy=2),
-    "relative distance": Question(relative_distance, ["single_image", "multi_view", "video"], toy=2, places=True),
-    "absolute distance": Question(absolute_distance, ["single_image", "multi_view", "video"], toy=1, places=True),
+    "relative direction": Question(relative_direction, ["single_image", "multi_view", "video"], 1, ("multi_view", "video")),
+    "relative distance": Question(relative_distance, ["single_image", "multi_view", "video"], 1, common.DATA_TYPES),
+    "absolute distance": Question(absolute_distance, ["single_image", "multi_view", "video"], 1, common.DATA_TYPES),
     "object size": Question(object_size, ["single_image", "multi_view", "video"], toy=1),
     "object count": Question(object_count, ["multi_view", "video"], toy=2),
     "room size": Question(room_size, ["video"], toy=1),
@@ -828,9 +867,9 @@ def place_of(view, thing):
     return step[:2] @ right, step[:2] @ forward, step[2]
 
 
-def decimals(numbers):
-    """Numbers with one decimal: ["0.4", "-1.2"]."""
-    return [f"{round(x, 1) + 0.0:.1f}" for x in numbers]  # + 0.0: no "-0.0"
+def decimals(numbers, digits=1):
+    """Numbers with so many decimals: ["0.4", "-1.2"]."""
+    return [f"{round(x, digits) + 0.0:.{digits}f}" for x in numbers]  # + 0.0: no "-0.0"
 
 
 def positions(view, objects):
@@ -954,18 +993,30 @@ def picture_of(view, thing):
 
 
 def toy_thought(view, row, places, box_side):
-    """The thinking trace of a toy row: the stage-1 answer for its objects, token for token; where each is, "2: 0.4,-1.2;" (its
-    picture; metres to the right and ahead of the first camera, with `places`); then the comparison. box_side: as in
-    common.Family, the units of the model's boxes."""
-    boxes, side = labelled_boxes(view, row["objects"]), box_side or toy_world.SIDE
-    for box in boxes:
-        box["bbox_2d"] = common.scale_box(box["bbox_2d"], (toy_world.SIDE,) * 2, (side, side))
-    words = [common.boxes_text(boxes)] if boxes else []
-    for thing in row.pop("objects"):
-        picture = [str(picture_of(view, thing) + 1)] if len(view.frames) > 1 else []
-        place = [",".join(decimals(place_of(view, thing)[:2]))] if places else []
-        words += [": ".join(picture + place) + ";"] if picture + place else []
-    return " ".join([*words, row["thought"]])
+    """The thinking trace of a toy row: stage-1 answers, token for token, then the comparison. Without `places` and with one
+    picture it is one answer for all objects. Else it is one for each, followed by its picture and, with `places`, by where it
+    is: "[{...}] beige wall, picture 2: 0,2; red cube 2,0;" (metres to the right and ahead of the camera of picture 2, and of the
+    first picture). box_side: as in common.Family, the units of the model's boxes."""
+    objects, side = row.pop("objects"), box_side or toy_world.SIDE
+    boxes = [
+        box | {"bbox_2d": common.scale_box(box["bbox_2d"], (toy_world.SIDE,) * 2, (side, side))}
+        for box in labelled_boxes(view, objects)
+    ]  # fmt: skip
+    if len(view.frames) == 1 and not places:
+        words = [common.boxes_text(boxes)]
+    else:
+        words = [" ".join([common.boxes_text([box]), *where_words(view, thing, places)]) for box, thing in zip(boxes, objects)]
+    return " ".join([*words, row["thought"]] if objects else [row["thought"]])
+
+
+def where_words(view, thing, places):
+    """The words after a box in toy_thought."""
+    picture, here = picture_of(view, thing), []
+    if len(view.frames) > 1:
+        own = replace(view, frames=view.frames[picture:])  # its first camera is that of the picture
+        wall = toy_world.QUARTERS[toy_world.TOUR.index(view.frames[picture].number) // 2]
+        here = [f"{wall} wall, picture {picture + 1}" + (f": {written(place_of(own, thing)[:2], view)};" if places else ";")]
+    return here + ([f"{thing.label} {written(place_of(view, thing)[:2], view)};"] if places else [])
 
 
 def process_toy_room(job):
@@ -973,7 +1024,7 @@ def process_toy_room(job):
     job: (name, settings, root, detection: whether to ask for all objects, too)."""
     name, settings, root, detection = job
     rng, folder = random.Random(f"{settings.seed} {name}"), root / "scans" / name
-    make = toy_world.make_room if int(name[5:9]) % 4 else toy_world.make_tour
+    make = toy_world.make_room if int(name[5:9]) % 2 else toy_world.make_tour
     with files.disk_errors(folder):
         shutil.rmtree(folder, ignore_errors=True)  # what an older version of the code has written
         toy_world.write_room(make(rng), folder, rng)
@@ -983,7 +1034,8 @@ def process_toy_room(job):
         shutil.copyfile(frame.color, root / "images" / name / f"{frame.number}.jpg")
     out = {"locate": [], "spatial": [], "objects": [], "rejected": Counter()}
     for view in toy_views(room, rng):
-        if view.data_type == "single_image":
+        # Most pictures of a tour show one object: nothing to tell apart.
+        if view.data_type == "single_image" and (make is toy_world.make_room or len(view.visible_objects()) > 1):
             out["locate"] += locate_rows(view, rng, detection)
         if view.data_type != "multi_view":  # single pictures and pairs of frames, for the base
             shown = [shown_objects(view, first) for first in range(0, len(view.frames), 2)]
@@ -993,13 +1045,14 @@ def process_toy_room(job):
         for kind, question in GENERATORS.items():
             wanted = question.toy and view.data_type in question.pictures and (settings.extra or not question.extra)
             rows = list(rows_of_type(view, kind, out["rejected"])) if wanted else []
-            for row in rng.sample(rows, min(len(rows), question.toy)):
+            for row in rng.sample(rows, min(len(rows), question.toy * (3 if make is toy_world.make_tour else 1))):
                 for second in row["image"][1:] if question.pair else []:
                     frame = view.frames[0]
                     scannet.second_picture(second, frame.color, frame.depth, room.depth_shift).save(root / "images" / second)
                 row["asked"] = [o.number for o in row["objects"]]
                 row["boxes"] = boxes_in_pictures(view, row["objects"])
-                row["thought"] = toy_thought(view, row, question.places, common.FAMILIES[settings.backbone].box_side)
+                places, family = view.data_type in question.places, common.FAMILIES[settings.backbone]
+                row["thought"] = toy_thought(view, row, places, family.box_side)
                 out["spatial"].append(row)
     return out
 

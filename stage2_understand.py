@@ -10,7 +10,7 @@ Differences from the reference code:
    learns relations hardly better than a guess; from worked answers it does learn them. The paper's data has none, and
    --worked 0 leaves them out. Their prompt has other words (INSTRUCTIONS in common.py), so direct answers stay direct.
 
-    python stage2_understand.py               # toy: about eight minutes on two cores
+    python stage2_understand.py               # toy: about eleven minutes on two cores
     python stage2_understand.py --preset 3b --data data/SpatialLadder-26k
 
 Writes runs/<preset>/stage2: metrics.jsonl, samples.jsonl, curves.png, checkpoint.pt, model/ (and adapter/).
@@ -43,7 +43,7 @@ PRESETS = {
     # Half of stage 1's learning rate: at the full rate a new task makes the model forget its boxes.
     "toy": {
         "load": "fp32", "tune": "full", "keep_features": True, "optimizer": "muon", "lr": 7e-4, "muon_lr": 0.009,
-        "steps": 560, "train_batch": 16, "branches": 5, "micro_batch": 4, "warmup": 0.05, "eval_every": 200, "save_every": 280,
+        "steps": 560, "train_batch": 12, "branches": 9, "micro_batch": 4, "warmup": 0.05, "eval_every": 200, "save_every": 280,
         "direct": 0.25, "worked": 1.0, "replay": 0.5,
     },
     # The paper: one epoch, 16 rows a step, learning rate 1e-5 for full tuning. Here a step has 4 scenes with up to 9 questions.
@@ -52,7 +52,7 @@ PRESETS = {
         "min_picture_tokens": 16, "max_picture_tokens": 128,
     },
 }  # fmt: skip
-NEW_TOKENS = 208  # of the longest answer, a worked one
+NEW_TOKENS = 224  # of the longest answer, a worked one
 
 # ------------------------------------------------------------------------------------------------
 # 2. The mix, and scores on held-out scenes

@@ -39,6 +39,8 @@ CAMERA_HEIGHT, CAMERA_BACK = 5.5, 3.2  # metres above the floor and from the cen
 SIZES = 0.5, 1.65  # metres: smallest and largest solid
 HALVES = 2.8, 5.4  # metres from the turning camera to the walls
 TOUR = 0, 20, 60, 80, 120, 140, 180, 200  # numbers of the frames of a turning camera: two frames for each quarter
+WALLS = {"grey": (50, 60, 80), "beige": (235, 200, 150), "brown": (105, 80, 65), "white": (245, 245, 245)}  # at -x, +x, -y, +y
+QUARTERS = "white", "beige", "brown", "grey"  # the walls that the turning camera looks at
 SECOND_TURN = math.radians(8)  # between the two frames of a quarter: the halves of a video's temporal patch differ
 
 
@@ -85,15 +87,14 @@ def log_uniform(rng, low, high):
 
 
 def make_tour(rng):
-    """Draw a room with a camera in its middle that turns to the right, a quarter at a time: a dict as from make_room, with two
-    frames of each quarter. Every solid is whole in one quarter's first frame and outside the other three: what is asked about
-    several solids must be put together from several pictures."""
+    """Draw a room with a camera in its middle that turns to the right, a quarter at a time, from wall to wall: a dict as from
+    make_room, with two frames of each quarter. Every solid is whole in one quarter's first frame and outside the pictures of the
+    other three: what is asked about several solids must be put together from several pictures."""
     names = [(rng.choice(SHAPES), colour) for colour in rng.sample(sorted(COLOURS), rng.choice([3, 4, 4, 5, 5, 6]))]
     if rng.random() < 0.4:
         names = names[:1] * rng.choice([2, 3, 4]) + names[1 : rng.choice([2, 3])]
-    start = rng.uniform(0, 2 * math.pi)
-    yaws = [start - quarter * math.pi / 2 for quarter in range(4)]
-    cameras = [toy_camera(yaw, 0) for yaw in yaws]
+    yaws = [-quarter * math.pi / 2 for quarter in range(4)]
+    cameras = [[toy_camera(yaw, 0), toy_camera(yaw - SECOND_TURN, 0)] for yaw in yaws]
     while True:
         half = [log_uniform(rng, *HALVES) for _ in range(2)]
         quarters = rng.sample(range(4), 4) + [rng.randrange(4) for _ in names]
@@ -105,15 +106,13 @@ def make_tour(rng):
                          "x": -distance * math.sin(yaw), "y": distance * math.cos(yaw)}  # fmt: skip
                 within = all(abs(solid[axis]) + 0.75 * solid["size"] < side for axis, side in zip("xy", half))
                 here = [other for other, place in zip(solids, quarters) if place == quarter]
-                if within and well_placed([*here, solid], cameras[quarter]) and do_not_touch([*solids, solid]) and all(
-                    is_outside(solid, camera) for camera in cameras if camera is not cameras[quarter]
+                if within and well_placed([*here, solid], cameras[quarter][0]) and do_not_touch([*solids, solid]) and all(
+                    is_outside(solid, camera) for other, pair in enumerate(cameras) for camera in pair if other != quarter
                 ):  # fmt: skip
                     solids.append(solid)
                     break
         if len(solids) == len(names):
-            turned = [toy_camera(yaw - SECOND_TURN, 0) for yaw in yaws]
-            return {"solids": solids, "cameras": [camera for pair in zip(cameras, turned) for camera in pair],
-                    "numbers": TOUR, "half": half,
+            return {"solids": solids, "cameras": sum(cameras, []), "numbers": TOUR, "half": half,
                     "floor": [rng.randint(120, 190) for _ in range(3)]}  # fmt: skip
 
 
@@ -172,7 +171,8 @@ def render(room, camera):
     far = np.maximum((low - origin) / ray, (high - origin) / ray)  # (H, W, 3)
     far = np.where(far > 0, far, np.inf)  # the camera is outside the box: a wall behind it is not hit
     depth, axis = far.min(-1), far.argmin(-1)  # (H, W)
-    colour = np.where((axis == 2)[..., None], np.array(room["floor"]), np.array(room["floor"]) * 0.72)
+    wall = np.minimum(2 * axis + (np.take_along_axis(ray, axis[..., None], -1)[..., 0] > 0), 4)  # (H, W); 4: the floor
+    colour = np.array([*WALLS.values(), room["floor"]], float)[wall]
     instance = np.zeros((SIDE, SIDE), int)
     for number, solid in enumerate(room["solids"], 1):
         x1, y1, x2, y2 = outline(solid, camera)  # cast rays only where the solid can be hit
@@ -305,7 +305,7 @@ def write_labels(path):
 # 4. The base: a tiny model that sees
 # ------------------------------------------------------------------------------------------------
 
-NAMES = [*COLOURS, *SHAPES]
+NAMES = [*COLOURS, *SHAPES]  # of solids; the words for walls are learnt, too
 JSON_PIECES = ['[{"label":"', '","bbox_2d":[', ']},{"label":"', "]}]"]  # one token each: short answers train faster
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
@@ -315,7 +315,7 @@ def build_tokenizer(texts):
     """A byte-level BPE tokenizer trained on `texts`, with Qwen's special tokens. Digits and names are tokens of their own; the
     words up to the next punctuation mark may become one token, because the toy's questions repeat a few sentences."""
     tokenizer = Tokenizer(models.BPE())
-    names, marks = Regex(rf" ?\b({'|'.join(NAMES)})\b"), Regex("[,:;\n]")
+    names, marks = Regex(rf" ?\b({'|'.join([*NAMES, *WALLS])})\b"), Regex("[,:;\n]")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Split(names, "isolated"),
         pre_tokenizers.Split(marks, "merged_with_next"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
@@ -376,11 +376,17 @@ def cell_targets(rows):
     return names, boxes
 
 
+def nearest_wall(picture):
+    """The number in WALLS of the wall in the middle of a picture's upper edge."""
+    return int(np.abs(np.array([*WALLS.values()]) - picture.getpixel((SIDE // 2, 0))).sum(1).argmin())
+
+
 class VisionTask(torch.nn.Module):
     """What trains the vision tower: predict at every picture token the colour, the shape and the box of the object whose centre
-    is in this cell, and the mean colours of its patches (where does the floor end?). Names are scored against their WORD
-    EMBEDDINGS, so that pictures and words share one space; the linear heads are thrown away after the training. It sees single
-    pictures, and pairs of video frames, which share their tokens."""
+    is in this cell, the wall behind it, and the mean colours of the cell's patches (where does the floor end?). Names are scored
+    against their WORD EMBEDDINGS, so that pictures and words share one space; the linear heads are thrown away after the
+    training. Cells without an object name no wall: the toy's attention is not sharp, and would read the walls of all pictures.
+    The task sees single pictures, and pairs of video frames, which share their tokens."""
 
     def __init__(self, model, tokenizer, processor):
         super().__init__()
@@ -393,32 +399,35 @@ class VisionTask(torch.nn.Module):
         self.to_box, self.to_digits = torch.nn.Linear(width, 4), torch.nn.Linear(width, 4 * 3 * width)
         self.to_colours = torch.nn.Linear(width, 4 * 3 * 2)  # of the 2 x 2 patches of a token, in both frames
         self.digit_ids, self.name_ids = first_ids("0123456789"), first_ids(f" {name}" for name in NAMES)
+        self.wall_ids = first_ids(f" {name}" for name in WALLS)
         self.label_ids = first_ids(NAMES)  # in JSON no space precedes a label, so "blue" and " blue" are two tokens
 
     def forward(self, rows, folder):
         """n rows with one picture or two frames, sorted by that -> cells (n, 16, width), a logit for each name (n, 16, 9), boxes
-        (n, 16, 4), and the true mean colours of the patches (n, 16, 24)."""
-        parts = []
+        (n, 16, 4), the true mean colours of the patches (n, 16, 24), and the numbers of the walls above (n,)."""
+        parts, walls = [], []
         for count in (1, 2):
             names = [name for row in rows if len(row["image"]) == count for name in row["image"]]
             pictures = [common.load_image(folder / "images" / name) for name in names]
             parts += [common.picture_patches(self.processor, pictures, video=count == 2)] if names else []  # pairs: one video
+            walls += [nearest_wall(picture) for picture in pictures[::count]]
         pixels, grids = torch.cat([pixels for pixels, _ in parts]), torch.cat([grid for _, grid in parts])
         seen = self.model.model.visual(pixels, grid_thw=grids)
         cells = sum(getattr(seen, "deepstack_features", None) or [], seen.pooler_output).view(len(rows), 16, -1)
         colours = pixels.view(len(rows), 16, 4 * 3 * 2, -1).mean(-1)
-        return cells, cells @ self.words[self.name_ids].T, self.to_box(cells), colours
+        return cells, cells @ self.words[self.name_ids].T, self.to_box(cells), colours, torch.tensor(walls)
 
     def loss(self, rows, folder):
-        """The loss of some rows: is there an object, which colour, which shape, its box twice, as digits and as numbers, and the
-        colours of the patches."""
+        """The loss of some rows: is there an object, which colour, which shape, its box twice, as digits and as numbers, the
+        colours of the patches, and the wall."""
         rows = sorted(rows, key=lambda row: len(row["image"]))
-        cells, logits, boxes, colours = self(rows, folder)
+        cells, logits, boxes, colours, walls = self(rows, folder)
         names, true_boxes = cell_targets(rows)
         on = names.any(-1)  # (n, 16) cells with an object
         side = common.FAMILIES[self.model.config.model_type].box_side or SIDE
         numbers = (true_boxes[on] * side).round().long().clamp(max=999)  # (objects, 4); 1,000 at a border has four digits
         digits = torch.stack([numbers // 100, numbers // 10 % 10, numbers % 10], -1)  # (objects, 4, 3)
+        seen = cells @ self.words[self.wall_ids].T  # (n, 16, 4)
         spelled = self.to_digits(cells[on]).view(-1, 4, 3, cells.shape[-1]) @ self.words[self.digit_ids].T  # (objects, 4, 3, 10)
         return (
             F.binary_cross_entropy_with_logits(logits, names, pos_weight=torch.tensor(4.0)) * 5
@@ -426,13 +435,14 @@ class VisionTask(torch.nn.Module):
             + F.cross_entropy(logits[on][:, len(COLOURS) :], names[on][:, len(COLOURS) :])
             + F.cross_entropy(spelled.flatten(0, 2), digits.flatten()) * 2 + 20 * (boxes[on] - true_boxes[on]).abs().mean()
             + (self.to_colours(cells) - colours).abs().mean() * 5
+            + F.cross_entropy(seen[on], walls[:, None].expand_as(on)[on]) + 0.1 * (seen[~on] ** 2).mean()
         )  # fmt: skip
 
     @torch.no_grad()
     def scores(self, rows, folder):
-        """F1 of finding objects, accuracy of colours and shapes, and the mean error of a box's side in pixels."""
+        """F1 of finding objects, accuracy of colours, shapes and walls, and the mean error of a box's side in pixels."""
         rows = sorted(rows, key=lambda row: len(row["image"]))
-        _, logits, boxes, _ = self(rows, folder)
+        cells, logits, boxes, _, walls = self(rows, folder)
         names, true_boxes = cell_targets(rows)
         on, found = names.any(-1), (logits > 0).any(-1)
 
@@ -442,6 +452,7 @@ class VisionTask(torch.nn.Module):
         return {
             "f1": 2 * (on & found).sum().item() / (on.sum() + found.sum()).item(),
             "colour": accuracy(slice(0, len(COLOURS))), "shape": accuracy(slice(len(COLOURS), None)),
+            "wall": (cells @ self.words[self.wall_ids].T).argmax(-1).eq(walls[:, None])[on].float().mean().item(),
             "box_error_px": SIDE * (boxes - true_boxes)[on].abs().mean().item(),
         }  # fmt: skip
 
@@ -492,7 +503,7 @@ def tokenizer_texts(root):
         for row in common.read_jsonl(root / common.FILES[kind])[:4000]:
             texts += [row.get("prompt") or row.get("question", ""), row.get("solution", "")]
     texts += [*common.INSTRUCTIONS.values(), common.SYSTEM, "system\n", "user\n", "assistant\n"]
-    return texts + [f" {name} {name}" for name in NAMES] * 50
+    return texts + [f" {name} {name}" for name in [*NAMES, *WALLS]] * 50
 
 
 CODE = {"code in support/toy_world.py": [__file__]}  # a base is recognised by it, too

@@ -29,6 +29,10 @@ NAMED = {  # a completion -> the boxes that it names, if the model saw three pic
         ("thought", 1, "a", [1, 2, 3, 4]), ("thought", 1, "b", [1, 2, 3, 4]), ("thought", 2, "c", [1, 2, 3, 4])],
     '[{"image": 3, "bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": [1, 2, 3, 4], "label": "b", "image": 2}]': [
         ("answer", 2, "", [1, 2, 3, 4]), ("answer", 1, "b", [1, 2, 3, 4])],
+    f"<think> [{box('a', 1, 2, 3, 4)}] picture 2: 0,1; a 1,0; [{box('b', 1, 2, 3, 4)}] picture 3; x: a </think>": [
+        ("thought", 1, "a", [1, 2, 3, 4]), ("thought", 2, "b", [1, 2, 3, 4])],  # a thought of the toy
+    f"[{box('a', 1, 2, 3, 4)}] picture 2: [{box('b', 1, 2, 3, 4)}]": [
+        ("answer", 0, "a", [1, 2, 3, 4]), ("answer", 1, "b", [1, 2, 3, 4])],
     f"picture 9, picture 0, picture 1024, a picture {box('picture', 12, 2, 30, 4)}": [("answer", 0, "picture", [12, 2, 30, 4])],
     f"{box('a', 3, 2, 1, 4)} {{1}} {{'bbox_2d': 1}} {{\"bbox_2d\": [1, 2, 3]}} {{\"bbox_2d\": null}} {{": [],  # no boxes
 }  # fmt: skip

@@ -297,7 +297,9 @@ SAME = replace(NUMBER, boxes=[BOXES[0], {"bbox_2d": [60, 60, 80, 80], "label": "
 HALF = [BOXES[0] | {"bbox_2d": [10, 10, 20, 15]}, BOXES[1]]  # the first box cut in half
 THOUGHTS = [  # what is before the answer, example, mean IoU
     (common.boxes_text(BOXES), TWO, 1),
-    (f"<think> {common.boxes_text(BOXES)} 1: 0.1,2.0; 2: 1.0,0.4; right 0.9: right </think>", TWO, 1),
+    (f"<think> {common.boxes_text(BOXES)} red cube 0.1,2.0; right 0.9: right </think>", TWO, 1),
+    (f"<think> {common.boxes_text(BOXES[:1])} picture 1; {common.boxes_text(BOXES[1:])} picture 2; so </think>", TWO, 1),
+    (f"<think> {common.boxes_text(BOXES[:1])} picture 1; {common.boxes_text(HALF[:1])} </think>", TWO, 0.5),
     (f"<think>{common.boxes_text(BOXES[::-1])}</think>", TWO, 1),  # paired by label
     (f"<think>{common.boxes_text(BOXES[:1])} left of {common.boxes_text(BOXES[1:])}</think>", TWO, 1),  # one list each
     (f"<think>{common.boxes_text(BOXES[:1])}</think>", TWO, 0.5),

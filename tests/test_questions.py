@@ -287,6 +287,9 @@ def test_count_is_the_number_of_solids_that_the_pictures_show(tours, data_type):
         same = [number for number, thing in enumerate(made["solids"], 1) if name_of(thing) == label]
         shown = [number for number in same if any((mask == number).any() for mask in masks_of(made, data_type))]
         assert int(row["answer"]) == len(shown) == len(same) == len(things)
+        numbers = [next(number for number in same if made["solids"][number - 1] is thing) for thing in things]
+        firsts = [next(n for n, mask in enumerate(masks_of(made, data_type)) if (mask == number).sum() > 8) for number in numbers]
+        assert firsts == sorted(firsts)
         answers[row["answer"]] += 1
     assert set(answers) == {"2", "3", "4"}
 
@@ -296,6 +299,8 @@ def test_the_room_of_a_video_has_the_size_that_was_drawn(tours):
     for made, _, row, _ in rows_of(tours["video"], "room size"):
         x, y = made["half"]
         assert abs(float(row["answer"]) - 4 * x * y) <= 0.05 * (2 * x + 2 * y) + 0.0025 + 0.05  # vertices to 5 cm, answer to 0.1
+        sides = [float(side) for side in re.match(r"sides (\S+) by (\S+), floor ", row["thought"]).groups()]
+        assert np.abs(np.subtract(sides, sorted((2 * x, 2 * y)))).max() <= 0.05 + 1e-3
         sizes.add(row["answer"])
     assert len(sizes) > 0.9 * TOURS
 
@@ -362,8 +367,10 @@ def thoughts_of(root):
             assert row["prompt"].startswith(question["question"]) and row["image"] == question["image"]
             text = row["solution"].replace("<think>", "").replace("</think>", "").strip()
             thought, _, answer = text.partition("<answer>")
-            boxes, end = json.JSONDecoder().raw_decode(thought) if thought.startswith("[") else ([], 0)
-            yield question, boxes, thought[end:].strip(), answer.removesuffix("</answer>")
+            lists = re.findall(r"\[\{.+?\}\]", thought)
+            assert len(lists) in (0, 1, len(question["boxes"])) and thought.startswith(lists[:1] and lists[0] or "")
+            boxes, words = [box for some in lists for box in json.loads(some)], re.sub(r"\[\{.+?\}\] ?", "", thought)
+            yield question, boxes, words.strip(), answer.removesuffix("</answer>")
 
 
 def test_files_obey_the_schema(split):
@@ -407,9 +414,11 @@ def test_a_thought_never_contradicts_its_answer(split):
     for row, _, words, answer in thoughts_of(split[0]):
         assert answer == row["answer"]
         if row["question_type"] == "appearance order":
-            assert ", ".join(re.findall(r"(?:^|, )([a-z ]+) after", words)) == answered(row)
-            times = [float(time) for time in re.findall(r"after (\d+\.\d) s", words)]
-            assert len(times) == 4 and min(b - a for a, b in itertools.pairwise(times)) >= 1
+            times = {label: float(time) for label, time in re.findall(r"([a-z ]+?) after (\d+\.\d) s", words)}
+            assert all(f"{', '.join(label.strip() for label in times)}?" in row["question"] for _ in times) and len(times) == 4
+            order = sorted(times, key=times.get)
+            assert ", ".join(label.strip() for label in order) == answered(row) and words.endswith(f": {answered(row)}")
+            assert min(times[b] - times[a] for a, b in itertools.pairwise(order)) >= 1
         elif row["options"]:
             assert words.endswith(answered(row)) and not words.endswith(f"-{answered(row)}")
         else:
@@ -419,8 +428,8 @@ def test_a_thought_never_contradicts_its_answer(split):
 
 
 def made_of(name, seed=3):
-    """The room of a name as it was made: every fourth is a larger one with a turning camera."""
-    return (toy_world.make_room if int(name[5:9]) % 4 else toy_world.make_tour)(random.Random(f"{seed} {name}"))
+    """The room of a name as it was made: every second is a larger one with a turning camera."""
+    return (toy_world.make_room if int(name[5:9]) % 2 else toy_world.make_tour)(random.Random(f"{seed} {name}"))
 
 
 @pytest.fixture(scope="module")
@@ -476,38 +485,63 @@ def test_a_box_is_that_of_the_mask_in_the_first_picture_that_shows_it(split, mad
     assert {picture for data_type, picture in pictures if data_type == "video"} >= {1, 3, 5, 7}
 
 
-def test_places_offsets_and_turn_of_a_thought_are_those_of_the_room(split, made):
-    done = Counter()
+def close(said, truth, several):
+    """Whether metres of a thought (x, y) are the true ones, rounded: to whole ones about several pictures, else to 0.1."""
+    return np.abs(np.subtract(said, truth)).max() <= (0.5 if several else 0.05) + 1e-3
+
+
+def test_places_steps_and_turn_of_a_thought_are_those_of_the_room(split, made):
+    done, number = Counter(), r"(-?\d+(?:\.\d)?),(-?\d+(?:\.\d)?)"
     for row, _, words, _ in thoughts_of(split[0]):
         room, places = pictures_of(row, made)
-        kind, camera, parts = row["question_type"], room["cameras"][places[0]], words.split("; ")
+        kind, camera, several = row["question_type"], room["cameras"][places[0]], len(places) > 1
         named = []  # a name may be unique in the picture, but not in the room
         for box in row["boxes"]:
             numbers = np.unique(room["masks"][places[box["picture"] - 1]])
             shown = [room["solids"][number - 1] for number in numbers if number]
             named.append(next(thing for thing in shown if name_of(thing) == box["label"]))
-        placed = kind in ("relative distance", "absolute distance")
-        for thing, box, part in zip(named, row["boxes"], parts) if placed or len(places) > 1 else []:
-            picture, _, place = part.rpartition(": ") if placed else (part, "", "")
-            assert picture == (str(box["picture"]) if len(places) > 1 else "")
-            if place:
-                stands = offset_of(thing, dict(zip("xy", camera[:2, 3])), camera)
-                assert np.abs(np.subtract([float(number) for number in place.split(",")], stands)).max() <= 0.05 + 1e-3
+        placed = kind in ("relative distance", "absolute distance") or kind == "relative direction" and several
+        stands = {}  # label -> its place as the thought has it
+        pattern = rf"([a-z]+) wall, picture (\d)(?:: {number})?; ?" if several else ""
+        pattern += rf"([a-z]+ [a-z]+) {number}; ?" if placed else ""
+        for thing, box in zip(named, row["boxes"]) if pattern else []:
+            found = re.match(pattern, words)
+            words, parts = words[found.end() :], list(found.groups())
+            if several:
+                wall = toy_world.render(room | {"solids": []}, room["cameras"][places[box["picture"] - 1]])[0][0, 56]
+                assert tuple(wall) == toy_world.WALLS[parts.pop(0)] and int(parts.pop(0)) == box["picture"]
+                own, (x, y) = room["cameras"][places[box["picture"] - 1]], (parts.pop(0), parts.pop(0))
+                assert (x is not None) == placed
+                assert not placed or close((float(x), float(y)), offset_of(thing, dict(zip("xy", own[:2, 3])), own), True)
+            if placed:
+                label, x, y = parts
+                stands[label] = np.array([float(x), float(y)])
+                assert close(stands[name_of(thing)], offset_of(thing, dict(zip("xy", camera[:2, 3])), camera), several)
         if kind not in SINGLE[:3]:
             continue
         *others, last = named
         if "turn" in words:
             last, *others = named
-        offsets = re.findall(r"(left|right) (\d+\.\d), (front|back) (\d+\.\d)", words)
-        assert len(offsets) == len(others)
+        offsets = re.findall(r"(left|right) ([\d.]+), (front|back) ([\d.]+)", words)
+        pairs = re.findall(rf"([a-z]+ [a-z]+) {number} from ([a-z]+ [a-z]+) {number}: ", words)
+        assert len(offsets) == len(others) and len(pairs) == (len(others) if placed else 0)
         for thing, (side, right, along, ahead) in zip(others, offsets):
-            said = float(right) * (1 if side == "right" else -1), float(ahead) * (1 if along == "front" else -1)
-            assert np.abs(np.subtract(said, offset_of(thing, last, camera))).max() <= 0.05 + 1e-3
+            said = np.array([float(right) * (1 if side == "right" else -1), float(ahead) * (1 if along == "front" else -1)])
+            if not placed:
+                assert close(said, offset_of(thing, last, camera), several)
+                continue
+            label, x, y, origin, from_x, from_y = pairs.pop(0)
+            assert (label, origin) == (name_of(thing), name_of(last))
+            start, end = np.array([float(from_x), float(from_y)]), np.array([float(x), float(y)])
+            assert (stands[label] == end).all() and (stands[origin] == start).all() and np.allclose(end - start, said)
+            assert several or close(said, offset_of(thing, last, camera), True)
         if "turn" in words:
-            degrees, side, verdict = re.fullmatch(r"turn (\d+) to the (left|right): (.+)", parts[-1]).groups()
-            facing, target = (complex(*offset_of(thing, last, camera)) for thing in others)
-            turn = math.degrees(cmath.phase(target / facing))  # counter-clockwise: right of x = right, ahead = y
-            assert abs(int(degrees) - abs(turn)) <= 0.51 and side == ("left" if turn > 0 else "right")
+            degrees, side, verdict = re.search(r"turn (\d+) to the (left|right): (.+)", words).groups()
+            ways = [int(way) for way in re.findall(r" at (\d+)", words)]
+            assert len(ways) == 2 and (ways[1] - ways[0]) % 360 == (int(degrees) if side == "left" else 360 - int(degrees))
+            for way, thing in zip(ways, others):
+                step = complex(*(stands[name_of(thing)] - stands[name_of(last)]))  # right + ahead i
+                assert abs((way - math.degrees(cmath.phase(step / 1j)) + 180) % 360 - 180) <= 10 + 1e-6
             assert verdict == answered(row) and (verdict.endswith(side) or verdict == "back")
         done[row["data_type"], kind] += 1
     assert min(done[data_type, kind] for data_type in common.DATA_TYPES for kind in SINGLE[:3]) > 0

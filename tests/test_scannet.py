@@ -1032,7 +1032,7 @@ def derived(row, rest):
         right, ahead = (float(value) for value in re.match(r"right (-?\d+\.\d), ahead (-?\d+\.\d): ", rest).groups())
         return ("right" if right > 0 else "left") if abs(right) > abs(ahead) else "forward" if ahead > 0 else "backward"
     if kind == "appearance order":
-        seconds = re.findall(r"(?:^|, )(.+?) after (\d+\.\d) s", rest)
+        seconds = re.findall(r"(?:^|; )([^;]+?) after (\d+\.\d) s", rest)
         assert len({second for _, second in seconds}) == 4
         return ", ".join(label for label, _ in sorted(seconds, key=lambda item: float(item[1])))
     return re.search(r"(?:apart|size|count|floor) (\d+\.?\d*)$", rest)[1]
@@ -1068,10 +1068,15 @@ def test_thoughts_say_where_things_are(scenes):
                 if "turn" in rest:  # from where somebody stands
                     last, *others = [label for label, *_ in places]
                 assert len(sides) == len(others)
+                spots = {label: np.array(spot[:2]) for label, *spot in places}
                 for label, (side, right, along, ahead) in zip(others, sides):
                     offset = truth.offset(named[label], named[last], camera)
-                    assert abs(abs(offset.real) - float(right)) <= 0.051 and abs(abs(offset.imag) - float(ahead)) <= 0.051
-                    assert (side == "right") == (offset.real > 0) and (along == "front") == (offset.imag > 0)
+                    said = np.array([float(right) * (1 if side == "right" else -1), float(ahead) * (1 if along == "front" else -1)])
+                    if named_steps := re.findall(rf"{re.escape(label)} (\S+) from {re.escape(last)} (\S+): ", rest):
+                        ends = [[float(x) for x in spot.split(",")] for spot in named_steps[0]]
+                        assert np.allclose(ends, [spots[label], spots[last]]) and np.allclose(said, spots[label] - spots[last])
+                    rounding = 0.1 if named_steps else 0.05  # of two places, or of the step
+                    assert np.abs(said - [offset.real, offset.imag]).max() <= rounding + 1e-3
                     with_offsets[row["data_type"], row["question_type"]] += 1
     for data_type in ("multi_view", "video"):
         assert min(with_offsets[data_type, kind] for kind in ("relative direction", "relative distance", "absolute distance")) > 5

@@ -244,13 +244,28 @@ def test_the_camera_of_a_tour_turns_to_the_right_by_quarters_and_a_little_more_f
             assert np.allclose(camera[:3, 3], [0, 0, toy_world.CAMERA_HEIGHT])
 
 
+def test_each_quarter_of_a_tour_looks_straight_at_a_wall_of_its_own_colour():
+    for room in TOURS:
+        for quarter, camera in enumerate(room["cameras"][::2]):
+            colour, depth, _ = toy_world.render(room | {"solids": []}, camera)
+            assert (colour[0] == toy_world.WALLS[("white", "beige", "brown", "grey")[quarter]]).all()
+            floor = (colour == room["floor"]).all(-1)
+            assert (floor == floor[:, :1]).all() and not floor[0].any() and floor[-1].all()  # a level edge
+            # The edge is where a ray down to the floor goes as far as the wall: row and distance by hand.
+            below = math.pi / 3 + math.atan((floor[:, 0].argmax() - 0.5 - (toy_world.SIDE - 1) / 2) / toy_world.FOCAL)
+            wall = room["half"][1 - quarter % 2]
+            assert abs(toy_world.CAMERA_HEIGHT / math.tan(below) - wall) < 0.12
+
+
 def test_every_solid_of_a_tour_is_whole_in_one_first_frame_and_outside_the_other_three():
     shared = 0
     for room in TOURS:
         places = []
         for thing in room["solids"]:
-            masks = [toy_world.render(room | {"solids": [thing]}, camera)[2] == 1 for camera in room["cameras"][::2]]
+            frames = [toy_world.render(room | {"solids": [thing]}, camera)[2] == 1 for camera in room["cameras"]]
+            masks = frames[::2]
             (place,) = [place for place, mask in enumerate(masks) if mask.any()]
+            assert {number // 2 for number, mask in enumerate(frames) if mask.any()} == {place}  # nor in other second frames
             rows, columns = np.nonzero(masks[place])
             assert min(rows.min(), columns.min()) >= 1 and max(rows.max(), columns.max()) <= toy_world.SIDE - 2
             places.append(place)
@@ -379,7 +394,7 @@ def test_the_vision_task_sees_both_frames_of_a_pair_and_the_colours_of_its_patch
         photo(toy_world.SIDE, toy_world.SIDE, number).save(tmp_path / "images" / f"{number}.png")
     names = [["0.png"], ["0.png", "0.png"], ["0.png", "1.png"], ["0.png", "2.png"]]
     with torch.no_grad():
-        *outputs, colours = task([{"image": some} for some in names], tmp_path)
+        *outputs, colours, _ = task([{"image": some} for some in names], tmp_path)
     for found in outputs:  # cells, names, boxes
         assert found.shape[:2] == (4, 16) and torch.allclose(found[0], found[1], atol=1e-5)  # a still picture fills both halves
         assert all((found[2] - found[other]).abs().amax(-1).min() > 1e-4 for other in (0, 3))  # only the second frame differs
@@ -397,13 +412,25 @@ def test_the_vision_task_sees_both_frames_of_a_pair_and_the_colours_of_its_patch
 @pytest.mark.parametrize("backbone_name", ["qwen2_5_vl", "qwen3_vl"])
 def test_the_vision_task_has_digits_for_a_box_at_the_border(photo, tmp_path, backbone_name):
     """112 of 112 pixels are 1,000 in Qwen3-VL's units: more than three digits."""
-    tokenizer = toy_world.build_tokenizer([" ".join(toy_world.NAMES)])
+    tokenizer = toy_world.build_tokenizer([" ".join([*toy_world.NAMES, *toy_world.WALLS])])
     model = toy_world.build_model(tokenizer, 0, backbone_name)
     (tmp_path / "images").mkdir()
     photo(toy_world.SIDE, toy_world.SIDE).save(tmp_path / "images" / "0.png")
     task = toy_world.VisionTask(model, tokenizer, toy_world.build_processor(model))
     row = {"image": ["0.png"], "objects": [{"label": "red cube", "bbox_2d": [84, 84, 112, 112]}]}
     assert task.loss([row], tmp_path).isfinite()
+
+
+def test_the_vision_task_knows_the_wall_of_a_picture_or_of_the_first_frame(backbone, tmp_path):
+    (tmp_path / "images").mkdir()
+    room = TOURS[0]
+    for number, camera in enumerate(room["cameras"]):
+        Image.fromarray(toy_world.render(room, camera)[0]).save(tmp_path / "images" / f"{number}.jpg", quality=95)
+    task = toy_world.VisionTask(backbone.model, backbone.tokenizer, backbone.processor)
+    names = [["4.jpg"], ["0.jpg"], ["6.jpg", "7.jpg"], ["2.jpg", "3.jpg"], ["2.jpg", "1.jpg"]]
+    with torch.no_grad():
+        walls = task([{"image": some} for some in names], tmp_path)[-1]
+    assert [[*toy_world.WALLS][wall] for wall in walls] == ["brown", "white", "grey", "beige", "beige"]
 
 
 def test_the_gallery_draws_all_pictures_of_a_row_also_where_the_first_shows_nothing(tmp_path):
