@@ -287,7 +287,8 @@ def check_answer(example, where):
     cannot be used."""
     answer, options, boxes = example.answer, example.options, example.boxes
     good = boxes is None or isinstance(boxes, list) and all(map(is_labelled_box, boxes))
-    pictures = [box.get("picture", 1) for box in boxes or []] if good else []
+    located = answer if example.question_type == "locate" and isinstance(answer, list) else []
+    pictures = [box.get("picture", 1) for box in [*(boxes or []), *located] if isinstance(box, dict)] if good else []
     if not good or not all(type(number) is int and 1 <= number <= len(example.images) for number in pictures):
         raise SystemExit(f'{where}: boxes {boxes!r} are not like [{{"bbox_2d": [x1, y1, x2, y2], "label": ..., "picture": 1}}].')
     if example.question_type in ("coldstart", "worked"):
@@ -661,12 +662,13 @@ def boxes_for_model(backbone, example):
 
     Raises SystemExit naming the picture that cannot be read, or the row of a box outside its picture.
     """
-    source = picture_size(example.images[0])
-    target, boxes = box_space(backbone, *source), []
+    boxes = []
     for box in example.answer:
-        x1, y1, x2, y2 = box["bbox_2d"]
+        path, (x1, y1, x2, y2) = example.images[box.get("picture", 1) - 1], box["bbox_2d"]
+        source = picture_size(path)
+        target = box_space(backbone, *source)
         if x1 >= source[0] or y1 >= source[1] or x2 <= 0 or y2 <= 0:
-            picture = f"{example.images[0]} ({source[0]} x {source[1]})"
+            picture = f"{path} ({source[0]} x {source[1]})"
             raise SystemExit(f"{example.id}: {box} lies outside its picture {picture}. Fix or remove the row.")
         x1, y1, x2, y2 = scale_box(box["bbox_2d"], source, target)
         x1, y1 = min(x1, target[0] - 1), min(y1, target[1] - 1)
@@ -1466,10 +1468,14 @@ def box_iou(a, b):
 
 
 def match_boxes(predicted, wanted):
-    """For each wanted box, the first unused predicted box with its label, or an empty box: a list of (4,)."""
+    """For each wanted box, the first unused predicted box with its label in its picture, or an empty box: a list of (4,)."""
+
+    def name(box):
+        return box["label"].strip().lower(), box.get("picture", 1)
+
     left, out = list(predicted or []), []
     for box in wanted:
-        found = next((p for p in left if p["label"].strip().lower() == box["label"].strip().lower()), None)
+        found = next((p for p in left if name(p) == name(box)), None)
         if found:
             left.remove(found)
         out.append(found["bbox_2d"] if found else [0, 0, 0, 0])

@@ -392,7 +392,7 @@ def write_ladder(settings, ladder, spatial, located, rows, backbone):
     figures = [("The ladder", folder / "ladder.png")] + [(heading, path) for heading, path in curves if path.is_file()]
     own = [row for row in rows if not row["temperature"] and row["mode"] in ("locate", scores["models"][row["model"]]["mode"])]
     items, pictures = {item.example.id: item for item in spatial + located}, {}
-    truth = {e.id: [(box["picture"] - 1, box["label"], box["bbox_2d"]) for box in e.boxes or []] for e in test}
+    truth = {e.id: [(box.get("picture", 1) - 1, box["label"], box["bbox_2d"]) for box in e.boxes or []] for e in test}
     stories = report.report_stories(own, items, truth, backbone, pictures)
     answers = report.report_answers([row for row in own if row["model"] == last], items, truth, backbone, pictures)
     files.write_atomic(folder / "report.html", report.report_page(sections, answers, pictures, stories, figures))

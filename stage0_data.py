@@ -32,7 +32,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -629,7 +629,7 @@ def object_count(view):
             yield "another label ends in this one"
         else:
             if view.frames:
-                same.sort(key=lambda o: (picture_of(view, o), view.boxes[picture_of(view, o)][o.number]))
+                same.sort(key=partial(place_in_pictures, view))
             where = "are in this room" if view.data_type == "video" else "appear"
             yield {"question": f"How many {label}(s) {where}?", "answer": str(count), "objects": same, "thought": f"count {count}"}
 
@@ -646,11 +646,12 @@ def room_size(view):
 
 def appearance_order(view):
     """In which order do four labels first appear in the video? The wrong options are three other orders."""
-    first = {}  # label -> second of its first appearance
+    first, shown = {}, {}  # label -> second of its first appearance, its object there
     labels = {o.label for o in view.visible_objects()} if view.frames else set()
     for label in sorted(label for label in labels if not is_ambiguous(label, labels)):
         numbers = {o.number for o in view.room.objects if o.label == label}
         clear = next(i for i, boxes in enumerate(view.boxes) if numbers & set(boxes))
+        shown[label] = next(o for o in view.room.objects if o.label == label and o.number in view.boxes[clear])
         if any(numbers & some for some in view.glimpsed[:clear]):
             yield "partly visible before it is clearly visible"
         else:
@@ -666,7 +667,7 @@ def appearance_order(view):
         yield {
             "question": "What will be the first-time appearance order of the following categories in the video: "
                         f"{', '.join(asked)}?",
-            "options": lettered(options), "answer": answer, "objects": [],
+            "options": lettered(options), "answer": answer, "objects": [shown[label] for label in asked],
             "thought": f"{'; '.join(f'{label} after {first[label]:.1f} s' for label in asked)}: {', '.join(order)}",
         }  # fmt: skip
 
@@ -978,13 +979,14 @@ def write_rows(root, spatial, locate, traces, seed, objects=None):
 
 
 def labelled_boxes(view, objects):
-    """The stage-1 answer for some objects, each in the first picture that shows it, with the label before its numbers."""
-    return [{"label": o.label, "bbox_2d": view.boxes[picture_of(view, o)][o.number]} for o in objects]
-
-
-def boxes_in_pictures(view, objects):
-    """labelled_boxes, each with the number of its picture, from 1: the `boxes` of a spatial row."""
-    return [box | {"picture": picture_of(view, o) + 1} for o, box in zip(objects, labelled_boxes(view, objects))]
+    """The stage-1 answer for some objects, each in the first picture that shows it: a name before its numbers, and of several
+    pictures the number, from 1."""
+    boxes = []
+    for thing in objects:
+        number = picture_of(view, thing)
+        picture = {"picture": number + 1} if len(view.frames) > 1 else {}
+        boxes.append({"label": thing.label, **picture, "bbox_2d": view.boxes[number][thing.number]})
+    return boxes
 
 
 def picture_of(view, thing):
@@ -992,31 +994,33 @@ def picture_of(view, thing):
     return next(number for number, boxes in enumerate(view.boxes) if thing.number in boxes)
 
 
+def place_in_pictures(view, thing):
+    """(number of the first picture that shows an object, its box there): to sort objects by."""
+    return picture_of(view, thing), view.boxes[picture_of(view, thing)][thing.number]
+
+
 def toy_thought(view, row, places, box_side):
-    """The thinking trace of a toy row: stage-1 answers, token for token, then the comparison. Without `places` and with one
-    picture it is one answer for all objects. Else it is one for each, followed by its picture and, with `places`, by where it
-    is: "[{...}] beige wall, picture 2: 0,2; red cube 2,0;" (metres to the right and ahead of the camera of picture 2, and of the
-    first picture). box_side: as in common.Family, the units of the model's boxes."""
+    """The thinking trace of a toy row: stage-1 answers, token for token, then the comparison. With `places` it is one answer for
+    each object, followed by where it is: "[{...}] red cube 0,2;" in metres to the right and ahead of the camera, or of several
+    pictures "[{...}] picture 2: 0,2; red cube 2,0;", ahead of the camera of picture 2 and of the first. box_side: as in
+    common.Family, the units of the model's boxes."""
     objects, side = row.pop("objects"), box_side or toy_world.SIDE
     boxes = [
         box | {"bbox_2d": common.scale_box(box["bbox_2d"], (toy_world.SIDE,) * 2, (side, side))}
         for box in labelled_boxes(view, objects)
     ]  # fmt: skip
-    if len(view.frames) == 1 and not places:
+    if not places:
         words = [common.boxes_text(boxes)]
     else:
-        words = [" ".join([common.boxes_text([box]), *where_words(view, thing, places)]) for box, thing in zip(boxes, objects)]
+        words = [f"{common.boxes_text([box])} {where_words(view, thing)}" for box, thing in zip(boxes, objects)]
     return " ".join([*words, row["thought"]] if objects else [row["thought"]])
 
 
-def where_words(view, thing, places):
+def where_words(view, thing):
     """The words after a box in toy_thought."""
-    picture, here = picture_of(view, thing), []
-    if len(view.frames) > 1:
-        own = replace(view, frames=view.frames[picture:])  # its first camera is that of the picture
-        wall = toy_world.QUARTERS[toy_world.TOUR.index(view.frames[picture].number) // 2]
-        here = [f"{wall} wall, picture {picture + 1}" + (f": {written(place_of(own, thing)[:2], view)};" if places else ";")]
-    return here + ([f"{thing.label} {written(place_of(view, thing)[:2], view)};"] if places else [])
+    picture, here = picture_of(view, thing), f"{thing.label} {written(place_of(view, thing)[:2], view)};"
+    own = replace(view, frames=view.frames[picture:])  # its first camera is that of the picture
+    return here if len(view.frames) == 1 else f"picture {picture + 1}: {written(place_of(own, thing)[:2], view)}; {here}"
 
 
 def process_toy_room(job):
@@ -1034,8 +1038,7 @@ def process_toy_room(job):
         shutil.copyfile(frame.color, root / "images" / name / f"{frame.number}.jpg")
     out = {"locate": [], "spatial": [], "objects": [], "rejected": Counter()}
     for view in toy_views(room, rng):
-        # Most pictures of a tour show one object: nothing to tell apart.
-        if view.data_type == "single_image" and (make is toy_world.make_room or len(view.visible_objects()) > 1):
+        if (view.data_type == "single_image") == (make is toy_world.make_room):  # most pictures of a tour show one object
             out["locate"] += locate_rows(view, rng, detection)
         if view.data_type != "multi_view":  # single pictures and pairs of frames, for the base
             shown = [shown_objects(view, first) for first in range(0, len(view.frames), 2)]
@@ -1050,7 +1053,7 @@ def process_toy_room(job):
                     frame = view.frames[0]
                     scannet.second_picture(second, frame.color, frame.depth, room.depth_shift).save(root / "images" / second)
                 row["asked"] = [o.number for o in row["objects"]]
-                row["boxes"] = boxes_in_pictures(view, row["objects"])
+                row["boxes"] = labelled_boxes(view, row["objects"])
                 places, family = view.data_type in question.places, common.FAMILIES[settings.backbone]
                 row["thought"] = toy_thought(view, row, places, family.box_side)
                 out["spatial"].append(row)
@@ -1058,17 +1061,22 @@ def process_toy_room(job):
 
 
 def locate_rows(view, rng, detection):
-    """Localisation rows about one picture of the toy: some of its objects by name and, with `detection`, all of them.
+    """Localisation rows about a view of the toy: some of its objects by name, those of one name and, with `detection`, all.
 
     Without "all objects" the model draws good boxes around the wrong objects: held-out IoU .23 after 700 steps, against .57.
+    Only rows about several pictures teach in which picture an object is: without them it stays a guess through stages 2 and 3.
     """
-    visible = sorted(view.visible_objects(), key=lambda o: view.boxes[0][o.number])
-    named = view.unique()[: rng.choice([1, 2, 2, 3, 3])]
-    names = [f"the {o.label}" for o in named]
-    question = "Locate " + " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) + "."
-    asked = [(question, named), ("Locate all objects.", visible if detection else [])]
+    visible, asked = sorted(view.visible_objects(), key=partial(place_in_pictures, view)), []
+    for _ in range(1 if len(view.frames) == 1 else 5):
+        named = view.unique()[: rng.choice([1, 2, 2, 3, 3])]
+        names = [f"the {o.label}" for o in named]
+        asked.append(("Locate " + " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) + ".", named))
+    if len(view.frames) > 1:
+        several = [label for label, count in view.room.counts.items() if count > 1]
+        asked += [(f"Locate every {label}.", [o for o in visible if o.label == label]) for label in several]
+    asked += [("Locate all objects.", visible)] * detection
     return [
-        {"question": question, "answer": labelled_boxes(view, objects), "image": image_names(view), "data_type": "single_image"}
+        {"question": question, "answer": labelled_boxes(view, objects), "image": image_names(view), "data_type": view.data_type}
         for question, objects in asked if objects
     ]  # fmt: skip
 

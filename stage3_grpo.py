@@ -432,8 +432,7 @@ def work(settings):
     if settings.locate_reward and not any(example.boxes for _, example in prompts):
         raise SystemExit(f"--locate_reward: no row of {settings.data} has boxes. Make the data with stage0_data.py, or use 0.")
     for _, example in prompts if settings.locate_reward else []:
-        each = [replace(example, images=example.images[b.get("picture", 1) - 1 :], answer=[b]) for b in example.boxes or []]
-        example.boxes = [common.boxes_for_model(backbone, part)[0] for part in each]
+        example.boxes = common.boxes_for_model(backbone, replace(example, answer=example.boxes or []))
     common.adapt(backbone, settings)
     grpo(backbone, prompts, questions, boxes, settings, run)
     run.finish(backbone)

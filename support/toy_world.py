@@ -306,7 +306,7 @@ def write_labels(path):
 # ------------------------------------------------------------------------------------------------
 
 NAMES = [*COLOURS, *SHAPES]  # of solids; the words for walls are learnt, too
-JSON_PIECES = ['[{"label":"', '","bbox_2d":[', ']},{"label":"', "]}]"]  # one token each: short answers train faster
+JSON_PIECES = ['[{"label":"', '","bbox_2d":[', '","picture":', ',"bbox_2d":[', ']},{"label":"', "]}]"]  # a token each: shorter
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 
