@@ -263,24 +263,21 @@ def page_pictures(paths, named, pictures):
 
 
 PLACE = r"\b(?:picture|image|frame|view)[\s\":#_-]{0,3}(?P<number>\d{1,3})"
-BEHIND = r"\](?: \w+ wall,)? picture (?P<behind>\d{1,3})(?!\W*\{)"  # the picture behind its box, as in thoughts of the toy
-MARKS = re.compile(rf"(?P<object>\{{[^{{}}]*\}})(?:{BEHIND})?|(?P<answer><answer>)|{PLACE}", re.IGNORECASE)
+MARKS = re.compile(rf"(?P<object>\{{[^{{}}]*\}})|(?P<answer><answer>)|{PLACE}", re.IGNORECASE)
 
 
 def named_boxes(text, count):
     """Every box that a completion names: [(part, number of the picture, label, box)], boxes in pixels that the model sees.
 
     part: "thought" before <answer>, else "answer"; of a text without these tags everything is the answer. The picture (from 0,
-    of `count`) is that directly behind the box or inside its JSON object, else that of the last "picture 2" (or image, frame,
-    view) before it, else the first.
+    of `count`) is that of the last "picture 2" (or image, frame, view) before the box or inside its JSON object, else the first.
     """
     part, number, out = "thought" if "<think>" in text or "<answer>" in text else "answer", 0, []
     for mark in MARKS.finditer(text):
         part = "answer" if mark["answer"] else part
-        inside = re.search(PLACE, mark["object"] or "", re.IGNORECASE)
-        place = mark["behind"] or (inside or mark)["number"]
-        if place and 0 < int(place) <= count:
-            number = int(place) - 1
+        place = re.search(PLACE, mark["object"], re.IGNORECASE) if mark["object"] else mark
+        if place and place["number"] and 0 < int(place["number"]) <= count:
+            number = int(place["number"]) - 1
         with contextlib.suppress(ValueError, RecursionError):
             found = json.loads(mark["object"] or "{}")
             if common.valid_box(found.get("bbox_2d")):

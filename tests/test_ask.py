@@ -29,7 +29,8 @@ NAMED = {  # a completion -> the boxes that it names, if the model saw three pic
         ("thought", 1, "a", [1, 2, 3, 4]), ("thought", 1, "b", [1, 2, 3, 4]), ("thought", 2, "c", [1, 2, 3, 4])],
     '[{"image": 3, "bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": [1, 2, 3, 4], "label": "b", "image": 2}]': [
         ("answer", 2, "", [1, 2, 3, 4]), ("answer", 1, "b", [1, 2, 3, 4])],
-    f"<think> [{box('a', 1, 2, 3, 4)}] picture 2: 0,1; a 1,0; [{box('b', 1, 2, 3, 4)}] picture 3; x: a </think>": [
+    '<think> [{"label":"a","picture":2,"bbox_2d":[1,2,3,4]}] picture 2: 0,1; a 1,0; [{"label":"b","picture":3,'
+    '"bbox_2d":[1,2,3,4]}] x: a </think>': [
         ("thought", 1, "a", [1, 2, 3, 4]), ("thought", 2, "b", [1, 2, 3, 4])],  # a thought of the toy
     f"[{box('a', 1, 2, 3, 4)}] picture 2: [{box('b', 1, 2, 3, 4)}]": [
         ("answer", 0, "a", [1, 2, 3, 4]), ("answer", 1, "b", [1, 2, 3, 4])],

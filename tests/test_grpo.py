@@ -203,6 +203,7 @@ def ask(kind, answer, options=None):
 
 CHOICE, NUMBER = ask("relative direction", "B", CHOICES), ask("absolute distance", "2.0")
 BOXES = [{"bbox_2d": [10, 10, 20, 20], "label": "red cube"}, {"bbox_2d": [30, 30, 50, 40], "label": "blue ball"}]
+PICTURES = [box | {"picture": number} for number, box in enumerate(BOXES, 1)]
 LOCATE = ask("locate", BOXES)
 FAR = "9" * 400  # no float holds it
 
@@ -246,6 +247,10 @@ CASES = [  # completion, example, (format, accuracy) when format needs a legal a
     (common.boxes_text(BOXES), LOCATE, (1, 1), 1),
     (common.boxes_text(BOXES[::-1]), LOCATE, (1, 1), 1),  # the order is free
     (common.boxes_text(BOXES[:1]), LOCATE, (1, 0.5), 1),
+    (common.boxes_text(PICTURES), LOCATE, (1, 0.5), 1),  # the second box is in another picture
+    (common.boxes_text(PICTURES), replace(LOCATE, answer=PICTURES), (1, 1), 1),
+    (common.boxes_text(PICTURES[::-1]), replace(LOCATE, answer=PICTURES), (1, 1), 1),
+    (common.boxes_text(BOXES), replace(LOCATE, answer=PICTURES), (1, 0.5), 1),
     (common.boxes_text(BOXES + BOXES), LOCATE, (1, 0.5), 1),  # every box too many is a miss
     (common.boxes_text([BOXES[0], BOXES[1] | {"label": "ball"}]), LOCATE, (1, 0.5), 1),
     (common.boxes_text([BOXES[0] | {"bbox_2d": [10, 10, 20, 15]}, BOXES[1]]), LOCATE, (1, 0.75), 1),
@@ -292,14 +297,17 @@ def test_special_tokens_in_a_completion_cost_the_format(backbone):
 
 # Rewards for the boxes of a thought
 
-TWO = replace(CHOICE, boxes=[box | {"picture": number} for number, box in enumerate(BOXES, 1)])
+TWO = replace(CHOICE, boxes=BOXES)
+VIEWS = replace(CHOICE, boxes=PICTURES)
 SAME = replace(NUMBER, boxes=[BOXES[0], {"bbox_2d": [60, 60, 80, 80], "label": "red cube"}])
 HALF = [BOXES[0] | {"bbox_2d": [10, 10, 20, 15]}, BOXES[1]]  # the first box cut in half
 THOUGHTS = [  # what is before the answer, example, mean IoU
     (common.boxes_text(BOXES), TWO, 1),
     (f"<think> {common.boxes_text(BOXES)} red cube 0.1,2.0; right 0.9: right </think>", TWO, 1),
-    (f"<think> {common.boxes_text(BOXES[:1])} picture 1; {common.boxes_text(BOXES[1:])} picture 2; so </think>", TWO, 1),
-    (f"<think> {common.boxes_text(BOXES[:1])} picture 1; {common.boxes_text(HALF[:1])} </think>", TWO, 0.5),
+    (f"<think> {common.boxes_text(PICTURES[:1])} picture 1: 0,2; {common.boxes_text(PICTURES[1:])} so </think>", VIEWS, 1),
+    (f"<think> {common.boxes_text(PICTURES[:1])} {common.boxes_text(HALF[:1])} </think>", VIEWS, 0.5),
+    (f"<think> {common.boxes_text(BOXES)} </think>", VIEWS, 0.5),  # a box without a number is in picture 1
+    (f"<think> {common.boxes_text([box | {'picture': 2} for box in BOXES])} </think>", VIEWS, 0.5),
     (f"<think>{common.boxes_text(BOXES[::-1])}</think>", TWO, 1),  # paired by label
     (f"<think>{common.boxes_text(BOXES[:1])} left of {common.boxes_text(BOXES[1:])}</think>", TWO, 1),  # one list each
     (f"<think>{common.boxes_text(BOXES[:1])}</think>", TWO, 0.5),

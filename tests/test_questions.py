@@ -379,7 +379,7 @@ def test_files_obey_the_schema(split):
         examples = common.read_examples(root, kind)
         assert len(examples) == counts[kind] > 0
         sizes = {("single_image", 1), ("multi_view", 4), ("video", 8)}
-        assert {(e.data_type, len(e.images)) for e in examples} == (sizes if kind != "locate" else {("single_image", 1)})
+        assert {(e.data_type, len(e.images)) for e in examples} == sizes
     assert counts["coldstart"] == 40 and counts["worked"] == counts["spatial"]
     rows = common.read_jsonl(root / common.FILES["spatial"])
     fields = {"question_id", "question", "options", "answer", "image", "question_type", "data_type", "boxes"}
@@ -396,17 +396,26 @@ def test_files_obey_the_schema(split):
 
 def test_localisation_rows_name_their_boxes_and_stay_in_the_picture(split):
     rows = common.read_jsonl(split[0] / "objects.jsonl")
-    shown = {row["image"][0]: row["objects"] for row in rows if len(row["image"]) == 1}
+    shown, asked_for = {row["image"][0]: row["objects"] for row in rows if len(row["image"]) == 1}, Counter()
     for row in common.read_jsonl(split[0] / common.FILES["locate"]):
+        first = row["image"][:: 2 if row["data_type"] == "video" else 1]  # the first frame of each quarter shows its objects
+        whole = [(number, box) for number, image in enumerate(row["image"], 1) if image in first for box in shown.get(image, [])]
+        said = [(box.get("picture", 1), {"label": box["label"], "bbox_2d": box["bbox_2d"]}) for box in row["answer"]]
+        assert all(("picture" in box) == (len(row["image"]) > 1) for box in row["answer"])
         asked = re.fullmatch(r"Locate (.+)\.", row["question"])[1].replace(" and ", ", ")
+        asked_for[row["data_type"], asked.split()[0]] += 1
         if asked == "all objects":
-            assert sorted(map(str, row["answer"])) == sorted(map(str, shown[row["image"][0]]))
+            assert sorted(map(str, said)) == sorted(map(str, whole)) and [n for n, _ in said] == sorted(n for n, _ in said)
+        elif asked.startswith("every "):
+            assert len(said) > 1 and said == [(n, box) for n, box in whole if f"every {box['label']}" == asked]
         else:
             assert asked == ", ".join(f"the {box['label']}" for box in row["answer"])
-        for box in row["answer"]:
+        for number, box in said:
             x1, y1, x2, y2 = box["bbox_2d"]
-            assert box in shown[row["image"][0]] and all(isinstance(x, int) for x in box["bbox_2d"])
+            assert (number, box) in whole and all(isinstance(x, int) for x in box["bbox_2d"])
             assert 0 <= x1 < x2 <= toy_world.SIDE and 0 <= y1 < y2 <= toy_world.SIDE
+    several = {(data_type, word) for data_type in ("multi_view", "video") for word in ("the", "every", "all")}
+    assert set(asked_for) == several | {("single_image", "the"), ("single_image", "all")}
 
 
 def test_a_thought_never_contradicts_its_answer(split):
@@ -451,11 +460,13 @@ def pictures_of(row, made):
 def test_the_boxes_of_a_thought_are_those_of_the_objects_in_the_question(split):
     every = {f"{colour} {shape}" for colour in toy_world.COLOURS for shape in toy_world.SHAPES}
     for row, boxes, _, answer in thoughts_of(split[0]):
-        assert [{k: box[k] for k in ("label", "bbox_2d")} for box in row["boxes"]] == boxes
+        assert row["boxes"] == boxes and all(("picture" in box) == (len(row["image"]) > 1) for box in boxes)
         labels, text = [box["label"] for box in boxes], " ".join([row["question"], *(row["options"] or [])])
         if row["question_type"] == "object count":
             assert len(boxes) == int(answer) and set(labels) == {label for label in every if label in text}
             assert len({(box["picture"], *box["bbox_2d"]) for box in row["boxes"]}) == len(boxes)
+        elif row["question_type"] == "appearance order":
+            assert f": {', '.join(labels)}?" in row["question"]
         elif row["question_type"] in SINGLE:
             assert sorted(labels) == sorted(label for label in every if label in text)
         else:
@@ -468,7 +479,7 @@ def test_a_box_is_that_of_the_mask_in_the_first_picture_that_shows_it(split, mad
         room, places = pictures_of(row, made)
         masks = [room["masks"][place] for place in places]
         for box in row["boxes"]:
-            assert row["data_type"] != "single_image" or box["picture"] == 1
+            box = {"picture": 1} | box
             pictures[row["data_type"], box["picture"]] += 1
             found = []
             for number in (n for n, thing in enumerate(room["solids"], 1) if name_of(thing) == box["label"]):
@@ -497,26 +508,22 @@ def test_places_steps_and_turn_of_a_thought_are_those_of_the_room(split, made):
         kind, camera, several = row["question_type"], room["cameras"][places[0]], len(places) > 1
         named = []  # a name may be unique in the picture, but not in the room
         for box in row["boxes"]:
-            numbers = np.unique(room["masks"][places[box["picture"] - 1]])
+            numbers = np.unique(room["masks"][places[box.get("picture", 1) - 1]])
             shown = [room["solids"][number - 1] for number in numbers if number]
-            named.append(next(thing for thing in shown if name_of(thing) == box["label"]))
+            named.append(next(thing for thing in shown if name_of(thing) == box["label"]))  # of counts the first, which is enough
         placed = kind in ("relative distance", "absolute distance") or kind == "relative direction" and several
         stands = {}  # label -> its place as the thought has it
-        pattern = rf"([a-z]+) wall, picture (\d)(?:: {number})?; ?" if several else ""
-        pattern += rf"([a-z]+ [a-z]+) {number}; ?" if placed else ""
-        for thing, box in zip(named, row["boxes"]) if pattern else []:
+        pattern = (rf"picture (\d): {number}; " if several else "") + rf"([a-z]+ [a-z]+) {number}; ?"
+        for thing, box in zip(named, row["boxes"]) if placed else []:
             found = re.match(pattern, words)
-            words, parts = words[found.end() :], list(found.groups())
+            words, (*own_place, label, x, y) = words[found.end() :], found.groups()
             if several:
-                wall = toy_world.render(room | {"solids": []}, room["cameras"][places[box["picture"] - 1]])[0][0, 56]
-                assert tuple(wall) == toy_world.WALLS[parts.pop(0)] and int(parts.pop(0)) == box["picture"]
-                own, (x, y) = room["cameras"][places[box["picture"] - 1]], (parts.pop(0), parts.pop(0))
-                assert (x is not None) == placed
-                assert not placed or close((float(x), float(y)), offset_of(thing, dict(zip("xy", own[:2, 3])), own), True)
-            if placed:
-                label, x, y = parts
-                stands[label] = np.array([float(x), float(y)])
-                assert close(stands[name_of(thing)], offset_of(thing, dict(zip("xy", camera[:2, 3])), camera), several)
+                picture, own_x, own_y = own_place
+                own = room["cameras"][places[box["picture"] - 1]]
+                assert int(picture) == box["picture"]
+                assert close((float(own_x), float(own_y)), offset_of(thing, dict(zip("xy", own[:2, 3])), own), True)
+            stands[label] = np.array([float(x), float(y)])
+            assert close(stands[name_of(thing)], offset_of(thing, dict(zip("xy", camera[:2, 3])), camera), several)
         if kind not in SINGLE[:3]:
             continue
         *others, last = named
@@ -631,7 +638,7 @@ def test_rows_with_a_second_picture_go_through_all_stages(pairs, backbone, tmp_p
     examples = {kind: common.read_examples(pairs, kind) for kind in ("locate", "spatial", "coldstart", "worked")}
     two = [example for example in examples["spatial"] if len(example.images) == 2]
     assert {example.question_type for example in two} == set(EXTRA) and {example.data_type for example in two} == {"multi_view"}
-    assert all(len(example.images) == 1 for example in examples["locate"])
+    assert {len(example.images) for example in examples["locate"]} == {1, 4, 8}
     assert any(len(example.images) == 2 for example in examples["worked"]) and len(examples["worked"]) == len(examples["spatial"])
 
     scenes = common.load_scenes(pairs, ["spatial", "worked"], backbone)
