@@ -61,7 +61,7 @@ class EvalSettings(Settings):
     mode: str = setting("think", "prompt of the questions of --benchmarks and --ask: think or direct; or, only --ask, locate",
                         ("think", "direct", "locate"))  # fmt: skip
     questions: int = setting(0, "number of questions, sampled by seed; 0: 640 of the toy's, all of a benchmark's")
-    boxes: int = setting(160, "toy: number of held-out localisation questions (0: all)")
+    boxes: int = setting(240, "toy: number of held-out localisation questions (0: all)")
     max_new_tokens: int = setting(0, "longest completion; 0: 1,024 thinking and 128 direct (the toy: 224 and 24)")
     eval_batch: int = setting(0, "questions answered at once; 0: 256 for a model of under 100 million parameters, else 16")
     load: str = setting("auto", "benchmarks and --ask: weights in memory, fp32, bf16 or 4bit; auto: bf16 on a GPU, fp32 on a CPU",
@@ -267,12 +267,14 @@ def mean(rows, key="score"):
 
 def summarise(rows, guess):
     """All numbers of one model from its prediction rows."""
-    overlaps = []
+    one, several = [], []  # IoU of the boxes in single pictures, and of those whose picture must be named, too
     for row in rows:
         if row["mode"] == "locate":
             predicted = common.match_boxes(common.parse_boxes(row["text"]), row["answer"])
-            overlaps += common.box_iou(predicted, [box["bbox_2d"] for box in row["answer"]]).tolist()
-    out = {"localize": {"iou": float(np.mean(overlaps)), "acc50": float(np.mean(np.array(overlaps) >= 0.5))}}
+            overlaps = common.box_iou(predicted, [box["bbox_2d"] for box in row["answer"]]).tolist()
+            (one if row["data_type"] == "single_image" else several).extend(overlaps)
+    numbers = {"iou": one, "acc50": np.array(one) >= 0.5, "iou_several": several}
+    out = {"localize": {name: benchmarks.mean_or_none(some) for name, some in numbers.items()}}
     modes = [mode for mode in ("direct", "think") if any(row["mode"] == mode for row in rows)]
     for mode in modes:
         form = "format" if mode == "think" else "legal"
@@ -295,21 +297,27 @@ def by_pictures(by_type):
     return {name: float(np.mean([by_type[k] for k in by_type if k.startswith(name)])) for name in dict.fromkeys(types)}
 
 
+def decimals(value):
+    """A score as text; "-" for None."""
+    return "-" if value is None else f"{value:.3f}"
+
+
 def ladder_table(scores):
     """The ladder as rows of cells: a head, the best constant guess, then one row a model and mode."""
     guesses = by_pictures(scores["guess"])
-    head = ["", "answers", "IoU", "acc@0.5", *(name.replace("_", " ") for name in guesses), "skill", "format", "greedy", "sampled",
-            "given format"]  # fmt: skip
-    body = [["best constant guess", "", "", "", *(f"{x:.3f}" for x in guesses.values()), "0.000", "",
+    head = ["", "answers", "IoU", "acc@0.5", "IoU several", *(name.replace("_", " ") for name in guesses), "skill", "format",
+            "greedy", "sampled", "given format"]  # fmt: skip
+    body = [["best constant guess", "", "", "", "", *(f"{x:.3f}" for x in guesses.values()), "0.000", "",
              f"{scores['guess_accuracy']:.3f}", "", ""]]  # fmt: skip
     for name, model in scores["models"].items():
         for mode in [mode for mode in ("direct", "think") if mode in model]:
             part, first = model[mode], mode == "direct"
             body.append([
-                name if first else "", mode, *(f"{model['localize'][k]:.3f}" if first else "" for k in ("iou", "acc50")),
-                *(f"{part['by_pictures'][k]:.3f}" for k in guesses), f"{part['skill']:.3f}", f"{part['format']:.3f}",
-                *("-" if (value := part[k]) is None else f"{value:.3f}"
-                  for k in ("greedy_accuracy", "sampled_accuracy", "sampled_accuracy_given_format")),
+                name if first else "", mode,
+                *(decimals(model["localize"][k]) if first else "" for k in ("iou", "acc50", "iou_several")),
+                *(decimals(part["by_pictures"][k]) for k in guesses),
+                *(decimals(part[k]) for k in ("skill", "format", "greedy_accuracy", "sampled_accuracy",
+                                              "sampled_accuracy_given_format")),
             ])  # fmt: skip
     return [head, *body]
 

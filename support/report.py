@@ -350,19 +350,20 @@ def draw_dynamics(folders, path):
 
 
 def draw_ladder(scores, path):
-    """ladder.png: boxes and skill, then the question types of each kind of pictures: one bar a model, in the model's own mode;
-    a line at the best constant guess."""
+    """ladder.png: boxes (mean IoU) and skill, then the question types of each kind of pictures: one bar a model, in the model's
+    own mode; a line at the best constant guess."""
     models, guess = scores["models"], scores["guess"]
-    parts = {"boxes and skill": ["boxes (IoU)", "skill"]}
+    parts = {"boxes and skill": ["boxes", "boxes in several pictures", "skill"]}
     for kind in guess:
         parts.setdefault(kind.split(":")[0].replace("_", " "), []).append(kind)
     figure = new_figure(14, 4.2)
     axes = figure.subplots(1, len(parts), sharey=True, width_ratios=[len(kinds) for kinds in parts.values()], squeeze=False)[0]
     for axis, (title, kinds) in zip(axes, parts.items()):
         for number, (name, model) in enumerate(models.items()):
-            heights = model["by_type"] | {"boxes (IoU)": model["localize"]["iou"], "skill": model["skill"]}
+            heights = model["by_type"] | {"boxes": model["localize"]["iou"], "skill": model["skill"]}
+            heights["boxes in several pictures"] = model["localize"]["iou_several"]
             places = np.arange(len(kinds)) + (number - len(models) / 2 + 0.5) * 0.8 / len(models)
-            axis.bar(places, [heights[kind] for kind in kinds], 0.8 / len(models), label=f"{name} ({model['mode']})")
+            axis.bar(places, [heights[kind] or 0 for kind in kinds], 0.8 / len(models), label=f"{name} ({model['mode']})")
         for x, kind in enumerate(kinds):
             if kind in guess:
                 label = None if x else "best constant guess"

@@ -781,7 +781,11 @@ ANSWERS = [  # mode, temperature, kind, score, well formed
 
 def test_the_tables_of_the_ladder_by_hand():
     boxes = [{"label": "red cube", "bbox_2d": [0, 0, 10, 10]}, {"label": "blue ball", "bbox_2d": [0, 0, 10, 10]}]
-    rows = [{"mode": "locate", "temperature": 0, "text": json.dumps(boxes[:1]), "answer": boxes}]
+    texts = [("single_image", boxes[:1], boxes),
+             ("multi_view", [box | {"picture": 2} for box in boxes], [boxes[0] | {"picture": 2}]),
+             ("video", boxes[:1], [boxes[0] | {"picture": 3}])]  # fmt: skip
+    rows = [{"mode": "locate", "temperature": 0, "text": json.dumps(said), "answer": wanted, "data_type": data_type}
+            for data_type, said, wanted in texts]  # fmt: skip
     for mode, temperature, kind, score, formed in ANSWERS:
         data_type, question_type = kind.split(": ")
         form = {"legal": formed, "format": not formed} if mode == "direct" else {"legal": not formed, "format": formed}
@@ -794,11 +798,11 @@ def test_the_tables_of_the_ladder_by_hand():
     scores = {"guess": GUESS, "guess_accuracy": 0.51, "models": {"m": model}, "questions": 5,
               "counts": {"single_image: size": 2, "multi_view: count": 1, "multi_view: size": 1, "video: area": 1}}  # fmt: skip
     assert evaluation.ladder_table(scores) == [
-        ["", "answers", "IoU", "acc@0.5", "single image", "multi view", "video", "skill",
+        ["", "answers", "IoU", "acc@0.5", "IoU several", "single image", "multi view", "video", "skill",
          "format", "greedy", "sampled", "given format"],
-        ["best constant guess", "", "", "", "0.500", "0.375", "1.000", "0.000", "", "0.510", "", ""],
-        ["m", "direct", "0.500", "0.500", "0.750", "0.500", "0.400", "0.167", "0.800", "0.580", "0.400", "0.600"],
-        ["", "think", "", "", "0.000", "0.000", "0.000", "-0.778", "0.000", "0.000", "0.000", "-"],
+        ["best constant guess", "", "", "", "", "0.500", "0.375", "1.000", "0.000", "", "0.510", "", ""],
+        ["m", "direct", "0.500", "0.500", "0.500", "0.750", "0.500", "0.400", "0.167", "0.800", "0.580", "0.400", "0.600"],
+        ["", "think", "", "", "", "0.000", "0.000", "0.000", "-0.778", "0.000", "0.000", "0.000", "-"],
     ]  # fmt: skip
     assert evaluation.types_table(scores) == [
         ["greedy", "questions", "guess", "m direct", "m think"],
@@ -810,7 +814,7 @@ def test_the_tables_of_the_ladder_by_hand():
 
 
 def test_the_ladder_is_drawn_with_one_axis_for_boxes_and_one_for_each_kind_of_pictures(tmp_path, monkeypatch):
-    part = {"by_type": {kind: 0.3 for kind in GUESS}, "skill": 0.1, "localize": {"iou": 0.7}, "mode": "direct"}
+    part = {"by_type": {kind: 0.3 for kind in GUESS}, "skill": 0.1, "localize": {"iou": 0.7, "iou_several": 0.6}, "mode": "direct"}
     figures = []
     monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
     report.draw_ladder({"guess": GUESS, "questions": 5, "models": {"a": part, "b": part | {"skill": 0.2}}}, tmp_path / "x.png")

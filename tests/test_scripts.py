@@ -303,7 +303,7 @@ def test_eval_writes_every_number_asked_for(evaluated):
     asked = {"localize", "by_type", "skill", "format", "greedy_accuracy"}
     asked |= {"sampled_accuracy", "sampled_accuracy_given_format"}
     for model in scores["models"].values():
-        assert asked <= set(model) and set(model["localize"]) == {"iou", "acc50"}
+        assert asked <= set(model) and set(model["localize"]) == {"iou", "acc50", "iou_several"}
         assert set(model["by_type"]) == set(scores["guess"])
         skill = np.mean([(model["by_type"][k] - g) / (1 - g) for k, g in scores["guess"].items() if g < 1])
         assert np.isclose(model["skill"], skill)
