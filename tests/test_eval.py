@@ -822,7 +822,7 @@ def test_the_ladder_is_drawn_with_one_axis_for_boxes_and_one_for_each_kind_of_pi
     titles = [axis.get_title() for axis in figure.axes]
     assert titles == ["boxes and skill", "single image", "multi view", "video"]
     heights = [[round(bar.get_height(), 3) for bar in axis.patches] for axis in figure.axes]
-    assert heights == [[0.7, 0.1, 0.7, 0.2], [0.3] * 2, [0.3] * 4, [0.3] * 2]
+    assert heights == [[0.7, 0.6, 0.1, 0.7, 0.6, 0.2], [0.3] * 2, [0.3] * 4, [0.3] * 2]
     lines = [line.get_segments()[0][0][1] for axis in figure.axes for line in axis.collections]
     assert lines == list(GUESS.values())  # the best constant guess of each
 
