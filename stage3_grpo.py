@@ -75,7 +75,7 @@ class GRPOSettings(runs.TrainSettings):
 
 PRESETS = {
     "toy": {
-        "load": "fp32", "keep_features": True, "micro_batch": 4, "lr": 1e-3, "lora_rank": 32, "lora_alpha": 32, "steps": 100,
+        "load": "fp32", "keep_features": True, "micro_batch": 4, "lr": 1e-3, "lora_rank": 32, "lora_alpha": 32, "steps": 60,
         "train_batch": 16, "group_size": 8, "max_new_tokens": 224, "locate": 0.2, "beta": 0.03, "warmup": 0.05,
         "cold_lr": 3e-4, "cold_muon_lr": 0.003, "cold_tune": "full", "cold_optimizer": "muon", "cold_steps": 200,
         "cold_mix": 2.0, "cold_format": 0.4, "cold_eval_every": 10, "eval_every": 20, "save_every": 30,
