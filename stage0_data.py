@@ -108,17 +108,16 @@ RULE_TABLE = {
     "turn_deg": (15.0, "ours", "view change: smallest turn"),
     "depth_m": (5.0, "ours", "depth pictures: everything from this distance on is yellow"),
     "crop_px": (40, "ours", "a part of a picture as a second picture: smallest side in pixels"),
-    "thought_m": (0.1, "ours", "thoughts: places on the floor are rounded to multiples of this ..."),
-    "thought_several_m": (0.1, "ours", "... about several pictures to multiples of this ..."),
-    "thought_deg": (1, "ours", "... and angles between them to multiples of this; 30: written as on a clock"),
+    "metre_digits": (1, "ours", "thoughts about several pictures: decimals of places and steps in metres ..."),
+    "heading_deg": (1, "ours", "... and the step of their angles"),
     "tries": (100, "ours", "largest number of object groups tried for one type and one view"),
     "per_room_type": (6, "ours", "largest number of questions kept of one type, kind of picture and room, before balancing"),
 }
 RULES = {name: value for name, (value, _, _) in RULE_TABLE.items()}
 # A metre has few pixels in a toy picture, its solids do not touch, and its cameras are far away. A model this small learns to
-# subtract whole or half metres in minutes, but not decimals.
+# subtract whole metres in minutes, but not decimals.
 TOY_RULES = RULES | {"gap_m": 0.3, "gap_large_m": 1.0, "direction_m": 0.0, "stand_far_m": 12.0, "compared": 3, "tries": 30,
-                     "depth_m": 10.0, "crop_px": 8, "thought_m": 0.5, "thought_several_m": 1.0, "thought_deg": 30}
+                     "depth_m": 10.0, "crop_px": 8, "metre_digits": 0, "heading_deg": 20}
 
 # ------------------------------------------------------------------------------------------------
 # 2. Reading rooms
@@ -437,36 +436,29 @@ def listed(words):
     return f"{', '.join(words[:-1])}{',' if len(words) > 2 else ''} or {words[-1]}"
 
 
-def thought_unit(view):
-    """Metres in thoughts about a view are multiples of this."""
-    return view.rules["thought_several_m" if len(view.frames) > 1 else "thought_m"]
+def written(numbers, view):
+    """Metres as a thought writes them: "0.4,-1.2"; whole ones about several pictures of the toy."""
+    return ",".join(decimals(numbers, view.rules["metre_digits"] if len(view.frames) > 1 else 1))
 
 
-def written_place(view, thing):
-    """Where an object is on the floor (see place_of), as a thought writes it: ["0.4", "-1.2"]."""
-    return decimals(place_of(view, thing)[:2], thought_unit(view))
-
-
-def offset_words(right, front, unit=0.1):
+def offset_words(right, front, digits=1):
     """["right 1.2", "front 0.4"]: a step in metres, as a camera sees it; front is farther from the camera."""
     side, along = "right" if right > 0 else "left", "front" if front > 0 else "back"
-    return [f"{word} {number}" for word, number in zip((side, along), decimals([abs(right), abs(front)], unit))]
+    return [f"{side} {abs(right):.{digits}f}", f"{along} {abs(front):.{digits}f}"]
 
 
 def step_between(a, b, view):
     """How far a is to the right of b and beyond it for the camera of the first picture, in metres: the difference of their places
     as a thought writes them, so that its arithmetic is exact."""
-    return tuple(round(float(to) - float(start), 1) for to, start in zip(written_place(view, a), written_place(view, b)))
+    (ax, ay), (bx, by) = (map(float, written(place_of(view, thing)[:2], view).split(",")) for thing in (a, b))
+    return round(ax - bx, 1), round(ay - by, 1)
 
 
 def heading(a, b, view):
-    """The angle of the step from b to a to the right of the first camera's viewing direction, in degrees, as in a thought."""
-    return round(math.degrees(math.atan2(*step_between(a, b, view))) / view.rules["thought_deg"]) * view.rules["thought_deg"] % 360
-
-
-def heading_words(angle, view):
-    """A heading in a thought: "73", or "9 o'clock"."""
-    return f"{angle // 30 or 12} o'clock" if view.rules["thought_deg"] == 30 else str(angle)
+    """The angle of the step from b to a to the left of the first camera's viewing direction, in degrees."""
+    right, front = step_between(a, b, view)
+    unit = view.rules["heading_deg"] if len(view.frames) > 1 else 1
+    return round(math.degrees(math.atan2(-right, front)) / unit) * unit % 360
 
 
 def step_words(a, b, view):
@@ -475,8 +467,9 @@ def step_words(a, b, view):
     there are no pictures."""
     if not view.frames:
         return []
-    names = (f"{thing.label} {','.join(written_place(view, thing))}" for thing in (a, b))
-    return [f"{' from '.join(names)}: {', '.join(offset_words(*step_between(a, b, view), thought_unit(view)))}"]
+    names = (f"{thing.label} {written(place_of(view, thing)[:2], view)}" for thing in (a, b))
+    digits = view.rules["metre_digits"] if len(view.frames) > 1 else 1
+    return [f"{' from '.join(names)}: {', '.join(offset_words(*step_between(a, b, view), digits))}"]
 
 
 def turn_words(angle, verdict):
@@ -546,7 +539,7 @@ def standing_direction(view):
             continue
         verdict, (start, end) = next(item for item in sectors.items() if item[1][0] <= angle < item[1][1])
         ways = [heading(o, place, view) for o in (facing, target)] if view.frames else []
-        if ways and not start < (turn := (ways[0] - ways[1]) % 360) < end:
+        if ways and not start < (turn := (ways[1] - ways[0]) % 360) < end:
             yield "a thought's rounded numbers would say something else"
             continue
         turns = bearing(place.centre[:2], facing.centre[:2], corners(target)[:, :2])  # (8,)
@@ -559,8 +552,7 @@ def standing_direction(view):
                         + words.format(facing=facing.label),
             "options": lettered(options), "answer": answer, "objects": [place, facing, target],
             "thought": "; ".join([
-                *(f"{words} at {heading_words(way, view)}" for o, way in zip((facing, target), ways)
-                  for words in step_words(o, place, view)),
+                *(f"{words} at {way}" for o, way in zip((facing, target), ways) for words in step_words(o, place, view)),
                 turn_words(turn if ways else angle, verdict),
             ]),
         }  # fmt: skip
@@ -676,7 +668,7 @@ def appearance_order(view):
             "question": "What will be the first-time appearance order of the following categories in the video: "
                         f"{', '.join(asked)}?",
             "options": lettered(options), "answer": answer, "objects": [shown[label] for label in asked],
-            "thought": ": ".join("; ".join(f"{first[label]:.1f} s {label}" for label in labels) for labels in (asked, order)),
+            "thought": f"{'; '.join(f'{label} after {first[label]:.1f} s' for label in asked)}: {', '.join(order)}",
         }  # fmt: skip
 
 
@@ -876,9 +868,9 @@ def place_of(view, thing):
     return step[:2] @ right, step[:2] @ forward, step[2]
 
 
-def decimals(numbers, unit=0.1):
-    """Numbers rounded to multiples of `unit`, with one decimal: ["0.4", "-1.2"]; none if the unit is 1."""
-    return [f"{round(x / unit) * unit + 0.0:.{0 if unit == 1 else 1}f}" for x in numbers]  # + 0.0: no "-0.0"
+def decimals(numbers, digits=1):
+    """Numbers with so many decimals: ["0.4", "-1.2"]."""
+    return [f"{round(x, digits) + 0.0:.{digits}f}" for x in numbers]  # + 0.0: no "-0.0"
 
 
 def positions(view, objects):
@@ -1026,9 +1018,9 @@ def toy_thought(view, row, places, box_side):
 
 def where_words(view, thing):
     """The words after a box in toy_thought."""
-    picture, here = picture_of(view, thing), f"{thing.label} {','.join(written_place(view, thing))};"
-    own = place_of(replace(view, frames=view.frames[picture:]), thing)[:2]  # for the camera of its picture
-    return here if len(view.frames) == 1 else f"picture {picture + 1}: {','.join(decimals(own, thought_unit(view)))}; {here}"
+    picture, here = picture_of(view, thing), f"{thing.label} {written(place_of(view, thing)[:2], view)};"
+    own = replace(view, frames=view.frames[picture:])  # its first camera is that of the picture
+    return here if len(view.frames) == 1 else f"picture {picture + 1}: {written(place_of(own, thing)[:2], view)}; {here}"
 
 
 def process_toy_room(job):
@@ -1051,8 +1043,8 @@ def process_toy_room(job):
         if view.data_type != "multi_view":  # single pictures and pairs of frames, for the base
             shown = [shown_objects(view, first) for first in range(0, len(view.frames), 2)]
             out["objects"] += [row for row in shown if row["objects"]]
-        if view.data_type == "single_image" and (make is toy_world.make_tour or view.frames[0].number % 40):
-            continue  # most pictures of a tour show one object, whose size would be half of all questions; of others half is enough
+        if make is toy_world.make_tour and view.data_type == "single_image":
+            continue  # most of these show one object, whose size would be half of all questions
         for kind, question in GENERATORS.items():
             wanted = question.toy and view.data_type in question.pictures and (settings.extra or not question.extra)
             rows = list(rows_of_type(view, kind, out["rejected"])) if wanted else []

@@ -247,8 +247,8 @@ def test_standing_direction_is_the_turn_from_what_is_faced(tours, data_type):
         seen.add((len(words), word))
         asked += 1
     quadrants = {(4, word) for word in QUADRANTS}
-    easier = {(3, "left"), (3, "right"), (2, "left"), (2, "right")}
-    assert seen - {(3, "back")} == quadrants | (easier if data_type == "video" else set()) and asked > 200
+    easier = {(3, "left"), (3, "right"), (3, "back"), (2, "left"), (2, "right")}
+    assert seen == quadrants | (easier if data_type == "video" else set()) and asked > 300
 
 
 @BOTH
@@ -291,7 +291,7 @@ def test_count_is_the_number_of_solids_that_the_pictures_show(tours, data_type):
         firsts = [next(n for n, mask in enumerate(masks_of(made, data_type)) if (mask == number).sum() > 8) for number in numbers]
         assert firsts == sorted(firsts)
         answers[row["answer"]] += 1
-    assert set(answers) == {"2", "3", "4", "5"}
+    assert set(answers) == {"2", "3", "4"}
 
 
 def test_the_room_of_a_video_has_the_size_that_was_drawn(tours):
@@ -407,8 +407,7 @@ def test_localisation_rows_name_their_boxes_and_stay_in_the_picture(split):
         if asked == "all objects":
             assert sorted(map(str, said)) == sorted(map(str, whole)) and [n for n, _ in said] == sorted(n for n, _ in said)
         elif asked.startswith("every "):
-            assert len(said) > 1 and said == sorted(said, key=lambda item: (item[0], item[1]["bbox_2d"]))
-            assert sorted(map(str, said)) == sorted(str(item) for item in whole if f"every {item[1]['label']}" == asked)
+            assert len(said) > 1 and said == [(n, box) for n, box in whole if f"every {box['label']}" == asked]
         else:
             assert asked == ", ".join(f"the {box['label']}" for box in row["answer"])
         for number, box in said:
@@ -424,11 +423,11 @@ def test_a_thought_never_contradicts_its_answer(split):
     for row, _, words, answer in thoughts_of(split[0]):
         assert answer == row["answer"]
         if row["question_type"] == "appearance order":
-            asked, ordered = ([part.split(" s ") for part in half.split("; ")] for half in words.split(": "))
-            assert f": {', '.join(label for _, label in asked)}?" in row["question"] and len(asked) == 4
-            assert ordered == sorted(asked, key=lambda part: float(part[0]))
-            assert ", ".join(label for _, label in ordered) == answered(row)
-            assert min(float(b) - float(a) for (a, _), (b, _) in itertools.pairwise(ordered)) >= 1
+            times = {label: float(time) for label, time in re.findall(r"([a-z ]+?) after (\d+\.\d) s", words)}
+            assert all(f"{', '.join(label.strip() for label in times)}?" in row["question"] for _ in times) and len(times) == 4
+            order = sorted(times, key=times.get)
+            assert ", ".join(label.strip() for label in order) == answered(row) and words.endswith(f": {answered(row)}")
+            assert min(times[b] - times[a] for a, b in itertools.pairwise(order)) >= 1
         elif row["options"]:
             assert words.endswith(answered(row)) and not words.endswith(f"-{answered(row)}")
         else:
@@ -498,8 +497,8 @@ def test_a_box_is_that_of_the_mask_in_the_first_picture_that_shows_it(split, mad
 
 
 def close(said, truth, several):
-    """Whether metres of a thought (x, y) are the true ones, rounded: to whole ones about several pictures, else to half ones."""
-    return np.abs(np.subtract(said, truth)).max() <= (0.5 if several else 0.25) + 1e-3
+    """Whether metres of a thought (x, y) are the true ones, rounded: to whole ones about several pictures, else to 0.1."""
+    return np.abs(np.subtract(said, truth)).max() <= (0.5 if several else 0.05) + 1e-3
 
 
 def test_places_steps_and_turn_of_a_thought_are_those_of_the_room(split, made):
@@ -536,20 +535,20 @@ def test_places_steps_and_turn_of_a_thought_are_those_of_the_room(split, made):
         for thing, (side, right, along, ahead) in zip(others, offsets):
             said = np.array([float(right) * (1 if side == "right" else -1), float(ahead) * (1 if along == "front" else -1)])
             if not placed:
-                assert np.abs(np.subtract(said, offset_of(thing, last, camera))).max() <= 0.05 + 1e-3
+                assert close(said, offset_of(thing, last, camera), several)
                 continue
             label, x, y, origin, from_x, from_y = pairs.pop(0)
             assert (label, origin) == (name_of(thing), name_of(last))
             start, end = np.array([float(from_x), float(from_y)]), np.array([float(x), float(y)])
             assert (stands[label] == end).all() and (stands[origin] == start).all() and np.allclose(end - start, said)
-            assert close(np.array(said) / 2, np.array(offset_of(thing, last, camera)) / 2, several)  # two roundings
+            assert several or close(said, offset_of(thing, last, camera), True)
         if "turn" in words:
             degrees, side, verdict = re.search(r"turn (\d+) to the (left|right): (.+)", words).groups()
-            ways = [30 * int(way) for way in re.findall(r" at (\d+) o'clock", words)]
-            assert len(ways) == 2 and (ways[0] - ways[1]) % 360 == (int(degrees) if side == "left" else 360 - int(degrees))
+            ways = [int(way) for way in re.findall(r" at (\d+)", words)]
+            assert len(ways) == 2 and (ways[1] - ways[0]) % 360 == (int(degrees) if side == "left" else 360 - int(degrees))
             for way, thing in zip(ways, others):
                 step = complex(*(stands[name_of(thing)] - stands[name_of(last)]))  # right + ahead i
-                assert abs((way + math.degrees(cmath.phase(step / 1j)) + 180) % 360 - 180) <= 15 + 1e-6
+                assert abs((way - math.degrees(cmath.phase(step / 1j)) + 180) % 360 - 180) <= 10 + 1e-6
             assert verdict == answered(row) and (verdict.endswith(side) or verdict == "back")
         done[row["data_type"], kind] += 1
     assert min(done[data_type, kind] for data_type in common.DATA_TYPES for kind in SINGLE[:3]) > 0
