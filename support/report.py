@@ -224,8 +224,9 @@ def answer_card(row, items, truth, backbone, pictures):
     """
     item, text, drawn = items[row["id"]], row["text"], []
     named = [] if common.is_video(row["images"][0]) else named_boxes(text, len(row["images"]))  # its frames have no numbers here
-    located = [("truth", 0, box["label"], box["bbox_2d"]) for box in row["answer"]] if row["question_type"] == "locate" else []
-    for place, name in page_pictures(row["images"], named, pictures).items():
+    wanted = row["answer"] if row["question_type"] == "locate" else []
+    located = [("truth", box.get("picture", 1) - 1, box["label"], box["bbox_2d"]) for box in wanted]
+    for place, name in page_pictures(row["images"], [*located, *named], pictures).items():
         size = pictures[name][1:]
         boxes = [("truth", label, *box) for number, label, box in truth.get(row["id"], []) if number == place]
         boxes += [(part, label, *common.box_from_model(backbone, box, size))
@@ -378,10 +379,13 @@ def draw_ladder(scores, path):
 
 
 def draw_boxes(rows, path, names, backbone, pictures=5, scale=3):
-    """boxes.png: held-out pictures, one column each: true boxes in the first line, then the boxes of each model. Boxes in `rows`
-    have the units of the backbone (common.box_space)."""
-    by_model = {name: {row["id"]: row for row in rows if row["model"] == name and row["mode"] == "locate"} for name in names}
+    """boxes.png: held-out pictures, one column each: true boxes in the first line, then the boxes of each model. Questions about
+    several pictures are left out. Boxes in `rows` have the units of the backbone (common.box_space)."""
+    rows = [row for row in rows if row["mode"] == "locate" and len(row["images"]) == 1]
+    by_model = {name: {row["id"]: row for row in rows if row["model"] == name} for name in names}
     truth = sorted(by_model[names[0]].values(), key=lambda row: -len(row["answer"]))[:pictures]
+    if not truth:
+        return
     lines = []
     for name in ("truth", *names):
         lines.append([])

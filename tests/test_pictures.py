@@ -288,6 +288,15 @@ def test_drawn_boxes_lie_where_the_model_meant_them(backbone, tmp_path, family, 
     (card,) = report.report_answers([row], {"spld:1": item}, {}, backbone, {})
     assert card["pictures"] == [(0, [("truth", "cube", 28, 28, 84, 56), ("answer", "cube", 28, 28, 84, 56)])]
 
+    # Of several pictures: the truth in the second, the answer in the first. boxes.png has no place for it.
+    Image.new("RGB", (112, 112)).save(tmp_path / "b.png")
+    row |= {"images": [str(tmp_path / "a.png"), str(tmp_path / "b.png")], "answer": [answer[0] | {"picture": 2}]}
+    item.example.data_type = "multi_view"
+    (card,) = report.report_answers([row], {"spld:1": item}, {}, backbone, {})
+    assert card["pictures"] == [(0, [("answer", "cube", 28, 28, 84, 56)]), (1, [("truth", "cube", 28, 28, 84, 56)])]
+    report.draw_boxes([row], tmp_path / "none.png", ["m"], backbone)
+    assert not (tmp_path / "none.png").exists()
+
 
 # ------------------------------------------------------------------------------------------------
 # Files
