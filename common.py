@@ -286,17 +286,21 @@ def check_answer(example, where):
     """Raise SystemExit (its text starts with `where`) if the answer of `example` can never be scored as right, or its boxes
     cannot be used."""
     answer, options, boxes = example.answer, example.options, example.boxes
-    good = boxes is None or isinstance(boxes, list) and all(map(is_labelled_box, boxes))
-    located = answer if example.question_type == "locate" and isinstance(answer, list) else []
-    pictures = [box.get("picture", 1) for box in [*(boxes or []), *located] if isinstance(box, dict)] if good else []
-    if not good or not all(type(number) is int and 1 <= number <= len(example.images) for number in pictures):
+
+    def fits(box):
+        """Whether it is a box in one of the example's pictures."""
+        number = box.get("picture", 1) if is_labelled_box(box) else None
+        return type(number) is int and 1 <= number <= len(example.images)
+
+    if boxes is not None and not (isinstance(boxes, list) and all(map(fits, boxes))):
         raise SystemExit(f'{where}: boxes {boxes!r} are not like [{{"bbox_2d": [x1, y1, x2, y2], "label": ..., "picture": 1}}].')
     if example.question_type in ("coldstart", "worked"):
         return
     if example.question_type == "locate":
         for box in answer if isinstance(answer, list) and answer else [None]:
-            if not is_labelled_box(box):
-                raise SystemExit(f'{where}: {box} is not {{"bbox_2d": [x1, y1, x2, y2], "label": ...}} with x1 < x2, y1 < y2.')
+            if not fits(box):
+                raise SystemExit(f'{where}: {box} is not {{"bbox_2d": [x1, y1, x2, y2], "label": ...}} with x1 < x2, y1 < y2, and '
+                                 '"picture": its number, if there are several.')  # fmt: skip
     elif options:
         good = isinstance(options, list) and all(isinstance(o, str) and re.match(r"[A-Z]\b", o) for o in options)
         if not good or len({option[0] for option in options}) < len(options):

@@ -421,10 +421,12 @@ GOOD = {"bbox_2d": [1, 2, 30, 40], "label": "chair"}
         [GOOD, {"bbox_2d": [1, 2, 10**400, 40], "label": "chair"}],
         [GOOD, {"bbox_2d": ["1", "2", "30", "40"], "label": "chair"}],
         [GOOD, [1, 2, 30, 40]],
+        [GOOD, GOOD | {"picture": 2}],  # the row has one
+        [GOOD, GOOD | {"picture": 1.0}],
         None,
     ],
     ids=["no box", "text", "no list", "no corners", "no label", "three corners", "x reversed", "y reversed",
-    "empty box", "nan", "inf", "huge", "strings", "bare corners", "missing"],
+    "empty box", "nan", "inf", "huge", "strings", "bare corners", "second picture", "picture as fraction", "missing"],
 )  # fmt: skip
 def test_a_wrong_box_is_named(data, answer):
     change(data, GROUNDING, 2, answer=answer)
