@@ -14,10 +14,10 @@ meta     object boxes without pictures (VSI-Bench's meta information): the quest
 Output: {spld_grounding_data,spld_spatial_data,spld_coldstart_data}.jsonl with images/, manifest.json (seed, counts, every
 threshold, what was skipped and why) and gallery.html to look at (toy: and gallery.png). The toy also gets data/toy/heldout, the
 same files from other rooms, and runs/toy/base/model: a tiny Qwen2.5-VL with random weights whose vision tower was trained to
-recognise coloured solids.
+recognise coloured solids and the walls behind them.
 
 Rerun the same command to resume: finished rooms are kept, unless their files or this code have changed since; rooms that failed
-are tried again. Only the training of the base, which takes a minute, starts again.
+are tried again. Only the training of the base, which takes two minutes, starts again.
 
 Sections: 1 settings and rules, 2 reading rooms (support/scannet.py reads the files), 3 geometry, 4 questions (add your own
 here), 5 rows and files, 6 main.

@@ -1,7 +1,7 @@
 """Stage 1, see: supervised fine-tuning on boxes (SpatialLadder, arXiv 2510.08531, section 4, stage 1).
 
-The model is asked for named objects in one picture and answers with a JSON list of boxes and labels. Differences from the
-reference code:
+The model is asked for named objects in one picture and answers with a JSON list of boxes and labels. The toy also asks about
+several pictures; then the answer names the picture of each box, too. Differences from the reference code:
 1. the answer is dumped to JSON once (theirs is an escaped string), and the prompt carries no loss (theirs does);
 2. boxes have the units in which the model was trained (Qwen2.5-VL: pixels of the RESIZED picture; Qwen3-VL: 0 to 1000); the
    size of each picture is read, never assumed;

@@ -78,7 +78,7 @@ def test_the_question_type_of_the_readme_works_as_it_is_shown():
         stage0_data.Object(i, label, None, np.zeros(3), np.eye(3), np.array([1, 1, height]))
         for i, (label, height) in enumerate(heights.items(), 1)
     ]
-    room = stage0_data.Room("scene0001_00", objects, [], None, None, 20.0, Counter(heights.keys()), Counter())
+    room = stage0_data.Room("scene0001_00", objects, [], None, None, 20.0, (4.0, 5.0), Counter(heights.keys()), Counter())
     rows = list(names["GENERATORS"]["taller"].generate(stage0_data.View(room, "video", [], [], [], random.Random(0))))
     assert rows.count("nearly the same height") == 1 and len(rows) == 3
     for row in rows:
