@@ -110,6 +110,7 @@ RULE_TABLE = {
     "crop_px": (40, "ours", "a part of a picture as a second picture: smallest side in pixels"),
     "metre_digits": (1, "ours", "thoughts about several pictures: decimals of places and steps in metres ..."),
     "heading_deg": (1, "ours", "... and the step of their angles"),
+    "shuffled": (1, "VSI-Bench", "standing direction: whether the options are in random order"),
     "tries": (100, "ours", "largest number of object groups tried for one type and one view"),
     "per_room_type": (6, "ours", "largest number of questions kept of one type, kind of picture and room, before balancing"),
 }
@@ -117,7 +118,7 @@ RULES = {name: value for name, (value, _, _) in RULE_TABLE.items()}
 # A metre has few pixels in a toy picture, its solids do not touch, and its cameras are far away. A model this small learns to
 # subtract whole metres in minutes, but not decimals.
 TOY_RULES = RULES | {"gap_m": 0.3, "gap_large_m": 1.0, "direction_m": 0.0, "stand_far_m": 12.0, "compared": 3, "tries": 30,
-                     "depth_m": 10.0, "crop_px": 8, "metre_digits": 0, "heading_deg": 20}
+                     "depth_m": 10.0, "crop_px": 8, "metre_digits": 0, "heading_deg": 45, "shuffled": 0}
 
 # ------------------------------------------------------------------------------------------------
 # 2. Reading rooms
@@ -546,7 +547,9 @@ def standing_direction(view):
         if ((turns < start) | (turns >= end)).sum() > RULES["stand_corners"]:
             yield "extends over the border of two answers"
             continue
-        options, answer = view.options(verdict, [word for word in sectors if word != verdict])
+        options, answer = list(sectors), "ABCD"[list(sectors).index(verdict)]
+        if view.rules["shuffled"]:
+            options, answer = view.options(verdict, [word for word in sectors if word != verdict])
         yield {
             "question": f"If I am standing by the {place.label} and facing the {facing.label}, is the {target.label} "
                         + words.format(facing=facing.label),
@@ -574,13 +577,17 @@ def relative_distance(view):
             continue
         labels, answer = view.options(others[0].label, [o.label for o in others[1:]])
         ordered = sorted(others, key=lambda o: labels.index(o.label))
-        steps = [", ".join([*step_words(o, reference, view), f"apart {view.distance(o, reference):.1f}"]) for o in ordered]
+        steps, spans = [], []  # each step ends with the least distance so far: two numbers at a time are compared
+        for letter, o in zip("ABCD", ordered):
+            spans.append((view.distance(o, reference), letter))
+            words = [f"{name} {span:.1f} {of}" for name, (span, of) in [("apart", spans[-1]), ("least", min(spans))][: len(spans)]]
+            steps.append(", ".join([*step_words(o, reference, view), *words]))
         which = f"which of these{' two' if count == 2 else ''} objects ({', '.join(labels)}) is"
         yield {
             "question": f"Measuring from the closest point of each object, {which} {'closer' if count == 2 else 'the closest'} "
                         f"to the {reference.label}?",
             "options": lettered(labels), "answer": answer, "objects": [*ordered, reference],
-            "thought": f"{'; '.join(steps)}: {others[0].label}",
+            "thought": "; ".join(steps),
         }  # fmt: skip
 
 
@@ -668,7 +675,7 @@ def appearance_order(view):
             "question": "What will be the first-time appearance order of the following categories in the video: "
                         f"{', '.join(asked)}?",
             "options": lettered(options), "answer": answer, "objects": [shown[label] for label in asked],
-            "thought": f"{'; '.join(f'{label} after {first[label]:.1f} s' for label in asked)}: {', '.join(order)}",
+            "thought": ", in order: ".join("; ".join(f"{first[o]:.1f} s {o}" for o in labels) for labels in (asked, order)),
         }  # fmt: skip
 
 
