@@ -109,7 +109,7 @@ RULE_TABLE = {
     "depth_m": (5.0, "ours", "depth pictures: everything from this distance on is yellow"),
     "crop_px": (40, "ours", "a part of a picture as a second picture: smallest side in pixels"),
     "metre_digits": (1, "ours", "thoughts about several pictures: decimals of places and steps in metres ..."),
-    "heading_deg": (1, "ours", "... and the step of their angles"),
+    "heading_deg": (1, "ours", "... and the unit of their angles, a divisor of 360"),
     "shuffled": (1, "VSI-Bench", "standing direction: whether the options are in random order"),
     "tries": (100, "ours", "largest number of object groups tried for one type and one view"),
     "per_room_type": (6, "ours", "largest number of questions kept of one type, kind of picture and room, before balancing"),
@@ -456,10 +456,10 @@ def step_between(a, b, view):
 
 
 def heading(a, b, view):
-    """The angle of the step from b to a to the left of the first camera's viewing direction, in degrees."""
+    """The angle of the step from b to a to the left of the first camera's viewing direction, in units of heading_deg."""
     right, front = step_between(a, b, view)
-    unit = view.rules["heading_deg"] if len(view.frames) > 1 else 1
-    return round(math.degrees(math.atan2(-right, front)) / unit) * unit % 360
+    unit = view.rules["heading_deg"]
+    return round(math.degrees(math.atan2(-right, front)) / unit) % (360 // unit)
 
 
 def step_words(a, b, view):
@@ -473,9 +473,9 @@ def step_words(a, b, view):
     return [f"{' from '.join(names)}: {', '.join(offset_words(*step_between(a, b, view), digits))}"]
 
 
-def turn_words(angle, verdict):
-    """The thought behind a bearing: "turn 30 to the left: left"."""
-    return f"{f'turn {angle:.0f} to the left' if angle < 180 else f'turn {360 - angle:.0f} to the right'}: {verdict}"
+def turn_words(angle, verdict, full=360):
+    """The thought behind a bearing: "turn 30 to the left: left". full: the angle of a whole turn, 360 for degrees."""
+    return f"{f'turn {angle:.0f} to the left' if angle < full / 2 else f'turn {full - angle:.0f} to the right'}: {verdict}"
 
 
 def well_apart(view, group):
@@ -540,7 +540,8 @@ def standing_direction(view):
             continue
         verdict, (start, end) = next(item for item in sectors.items() if item[1][0] <= angle < item[1][1])
         ways = [heading(o, place, view) for o in (facing, target)] if view.frames else []
-        if ways and not start < (turn := (ways[1] - ways[0]) % 360) < end:
+        unit = view.rules["heading_deg"]
+        if ways and not start < unit * (turn := (ways[1] - ways[0]) % (360 // unit)) < end:
             yield "a thought's rounded numbers would say something else"
             continue
         turns = bearing(place.centre[:2], facing.centre[:2], corners(target)[:, :2])  # (8,)
@@ -556,7 +557,7 @@ def standing_direction(view):
             "options": lettered(options), "answer": answer, "objects": [place, facing, target],
             "thought": "; ".join([
                 *(f"{words} at {way}" for o, way in zip((facing, target), ways) for words in step_words(o, place, view)),
-                turn_words(turn if ways else angle, verdict),
+                f"from {ways[0]} to {ways[1]} {turn_words(turn, verdict, 360 // unit)}" if ways else turn_words(angle, verdict),
             ]),
         }  # fmt: skip
 
@@ -577,11 +578,12 @@ def relative_distance(view):
             continue
         labels, answer = view.options(others[0].label, [o.label for o in others[1:]])
         ordered = sorted(others, key=lambda o: labels.index(o.label))
-        steps, spans = [], []  # each step ends with the least distance so far: two numbers at a time are compared
+        steps, nearest = [], None  # each option is compared with the nearest before it: two numbers, side by side
         for letter, o in zip("ABCD", ordered):
-            spans.append((view.distance(o, reference), letter))
-            words = [f"{name} {span:.1f} {of}" for name, (span, of) in [("apart", spans[-1]), ("least", min(spans))][: len(spans)]]
-            steps.append(", ".join([*step_words(o, reference, view), *words]))
+            apart = (view.distance(o, reference), letter)
+            words = ", ".join([*step_words(o, reference, view), f"{letter} apart {apart[0]:.1f}"])
+            steps.append(words if not nearest else f"{words}, {nearest[1]} apart {nearest[0]:.1f}: {min(nearest, apart)[1]}")
+            nearest = min(nearest or apart, apart)
         which = f"which of these{' two' if count == 2 else ''} objects ({', '.join(labels)}) is"
         yield {
             "question": f"Measuring from the closest point of each object, {which} {'closer' if count == 2 else 'the closest'} "
@@ -674,8 +676,8 @@ def appearance_order(view):
         yield {
             "question": "What will be the first-time appearance order of the following categories in the video: "
                         f"{', '.join(asked)}?",
-            "options": lettered(options), "answer": answer, "objects": [shown[label] for label in asked],
-            "thought": ", in order: ".join("; ".join(f"{first[o]:.1f} s {o}" for o in labels) for labels in (asked, order)),
+            "options": lettered(options), "answer": answer, "objects": [shown[label] for label in order],
+            "thought": "; ".join(f"{first[label]:.1f} s {label}" for label in order),
         }  # fmt: skip
 
 

@@ -36,7 +36,7 @@ PRESETS = {
     # The toy's language model starts from random weights, so all of it is trained. Muon needs a third of AdamW's time.
     "toy": {
         "load": "fp32", "tune": "full", "keep_features": True, "optimizer": "muon", "lr": 1e-3, "muon_lr": 0.013,
-        "steps": 600, "train_batch": 32, "branches": 4, "micro_batch": 64, "warmup": 0.05, "eval_every": 100, "save_every": 300,
+        "steps": 700, "train_batch": 32, "branches": 4, "micro_batch": 8, "warmup": 0.05, "eval_every": 100, "save_every": 350,
     },
     # The paper: one epoch, 16 rows a step, learning rate 1e-5 for full tuning, pictures of 16 to 128 tokens. Here a step has 16
     # scenes, each with up to 8 of its rows.
