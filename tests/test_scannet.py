@@ -1007,6 +1007,20 @@ def split_thought(text):
     return places, text
 
 
+def nearest_of(words, count):
+    """The letter of the nearest of `count` options in a thought, after checking its comparisons: "B apart 2.5, A apart 6.0: B"."""
+    spans = {}
+    for letter, span in re.findall(r"([A-D]) apart (\d+\.\d)", words):
+        assert spans.setdefault(letter, float(span)) == float(span)
+    assert list(spans) == list("ABCD"[:count]) and list(spans.values()).count(min(spans.values())) == 1
+    compared = re.findall(r"([A-D]) apart \S+, ([A-D]) apart \S+: ([A-D])(?:;|$)", words)
+    before = "A"
+    for letter, (new, old, nearer) in zip("BCD"[: count - 1], compared, strict=True):
+        assert (new, old, nearer) == (letter, before, min(letter, before, key=spans.get))
+        before = nearer
+    return before
+
+
 def derived(row, rest):
     """The answer in words, from nothing but the numbers of a thought."""
     kind = row["question_type"].removesuffix(" with depth")
@@ -1017,24 +1031,22 @@ def derived(row, rest):
         offset = complex(float(right) * (1 if side == "right" else -1), float(ahead) * (1 if along == "front" else -1))
         return direction_of(offset)[1]
     if kind in ("relative direction", "perspective taking"):
-        degrees, way = re.search(r"(?:^|; )turn (\d+) to the (left|right): ", rest).groups()
+        degrees, way = re.search(r"(?:^|; |; from \d+ to \d+ )turn (\d+) to the (left|right): ", rest).groups()
         angle = float(degrees) if way == "left" else (360 - float(degrees)) % 360
         if kind == "perspective taking":
             return EIGHT[int((angle + 22.5) // 45) % 8]
         return STANDING[level_of(row["question"])][1](angle)
     if kind == "relative distance":
-        spans = [float(span) for span in re.findall(r"apart (\d+\.\d)", rest)]
-        assert len(spans) == len(row["options"]) and spans.count(min(spans)) == 1
-        return words_of(row)[spans.index(min(spans))]
+        return words_of(row)["ABCD".index(nearest_of(rest, len(row["options"])))]
     if kind == "view change":
         if match := re.match(r"turned (\d+) degrees to the (left|right)$", rest):
             return match[2]
         right, ahead = (float(value) for value in re.match(r"right (-?\d+\.\d), ahead (-?\d+\.\d): ", rest).groups())
         return ("right" if right > 0 else "left") if abs(right) > abs(ahead) else "forward" if ahead > 0 else "backward"
     if kind == "appearance order":
-        seconds = re.findall(r"(?:^|; )([^;]+?) after (\d+\.\d) s", rest)
-        assert len({second for _, second in seconds}) == 4
-        return ", ".join(label for label, _ in sorted(seconds, key=lambda item: float(item[1])))
+        seconds = re.findall(r"(?:^|; )(\d+\.\d) s ([^;]+)", rest)
+        assert len({second for second, _ in seconds}) == 4 and seconds == sorted(seconds, key=lambda item: float(item[0]))
+        return ", ".join(label for _, label in seconds)
     return re.search(r"(?:apart|size|count|floor) (\d+\.?\d*)$", rest)[1]
 
 
@@ -1044,7 +1056,8 @@ def test_thoughts_lead_to_the_answers(scenes):
         places, rest = split_thought(row["thought"])
         assert derived(row, rest) == chosen(row), row
         if row["options"] and row["question_type"] not in ("appearance order",) and not rest.startswith("turned"):
-            assert rest.endswith(f": {chosen(row)}"), row
+            of_letters = row["question_type"].startswith("relative distance")
+            assert rest.endswith(f": {row['answer'] if of_letters else chosen(row)}"), row
         kinds.add(row["question_type"])
     assert kinds == set(stage0_data.GENERATORS)
 
