@@ -780,7 +780,7 @@ class Question(NamedTuple):
 
     generate: Callable  # View -> rows
     pictures: list  # of single_image, multi_view, video
-    toy: int = 0  # largest number of such questions about one picture of the toy; about several pictures thrice as many
+    toy: int = 0  # largest number of such questions about one picture of the toy; about several pictures six times as many
     places: tuple = ()  # for these pictures a thought of the toy also names the places of the objects on the floor
     extra: bool = False  # only with --extra
     pair: bool = False  # rows about one picture name a second one, made from it: their data_type becomes multi_view
@@ -793,7 +793,7 @@ GENERATORS = {
     "object size": Question(object_size, ["single_image", "multi_view", "video"], toy=1),
     "object count": Question(object_count, ["multi_view", "video"], toy=2),
     "room size": Question(room_size, ["video"], toy=1),
-    "appearance order": Question(appearance_order, ["video"], toy=3),
+    "appearance order": Question(appearance_order, ["video"], toy=1),
     "perspective taking": Question(perspective_taking, ["single_image"], extra=True),
     "view change": Question(view_change, ["multi_view"], extra=True),
     "relative distance with depth": Question(with_depth(relative_distance), ["single_image"], toy=1, extra=True, pair=True),
@@ -1057,7 +1057,7 @@ def process_toy_room(job):
         for kind, question in GENERATORS.items():
             wanted = question.toy and view.data_type in question.pictures and (settings.extra or not question.extra)
             rows = list(rows_of_type(view, kind, out["rejected"])) if wanted else []
-            for row in rng.sample(rows, min(len(rows), question.toy * (3 if make is toy_world.make_tour else 1))):
+            for row in rng.sample(rows, min(len(rows), question.toy * (6 if make is toy_world.make_tour else 1))):
                 for second in row["image"][1:] if question.pair else []:
                     frame = view.frames[0]
                     scannet.second_picture(second, frame.color, frame.depth, room.depth_shift).save(root / "images" / second)

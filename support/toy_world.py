@@ -91,7 +91,7 @@ def make_tour(rng):
     make_room, with two frames of each quarter. Every solid is whole in one quarter's first frame and outside the pictures of the
     other three: what is asked about several solids must be put together from several pictures."""
     names = [(rng.choice(SHAPES), colour) for colour in rng.sample(sorted(COLOURS), rng.choice([3, 4, 4, 5, 5, 6]))]
-    if rng.random() < 0.5:
+    if rng.random() < 0.4:
         names = names[:1] * rng.choice([2, 3, 4, 5]) + names[1 : rng.choice([2, 3])]
     yaws = [-quarter * math.pi / 2 for quarter in range(4)]
     cameras = [[toy_camera(yaw, 0), toy_camera(yaw - SECOND_TURN, 0)] for yaw in yaws]
