@@ -8,7 +8,7 @@ toy      rooms with coloured solids, rendered by support/toy_world.py, WRITTEN i
 scannet  rooms of ScanNet with exported frames: seven question types about one picture, several views or a video
 meta     object boxes without pictures (VSI-Bench's meta information): the questions that need geometry only
 
-    python stage0_data.py            # toy: data/toy and runs/toy/base, about four minutes on two cores
+    python stage0_data.py            # toy: data/toy and runs/toy/base, about five minutes on two cores
     python stage0_data.py --source scannet --scannet <folder with scans/ and the label table> --out data/mine
 
 Output: {spld_grounding_data,spld_spatial_data,spld_coldstart_data}.jsonl with images/, manifest.json (seed, counts, every

@@ -8,7 +8,7 @@ several pictures; then the answer names the picture of each box, too. Difference
 3. LoRA by default (the paper tunes all weights), so that the 3B model fits a 24 GB card;
 4. questions about the same picture share its tokens (common.py, section 5).
 
-    python stage1_localize.py                 # toy: about seven minutes on two cores, held-out IoU about 0.7
+    python stage1_localize.py                 # toy: about twelve minutes on two cores
     python stage1_localize.py --preset 3b --data data/SpatialLadder-26k
 
 Writes runs/<preset>/stage1: metrics.jsonl, samples.jsonl, curves.png, checkpoint.pt, model/ (and adapter/).
