@@ -557,7 +557,7 @@ def test_a_rollout_leaves_nothing_behind_that_changes_the_next_scene(backbone, s
 
 def test_sampled_frequencies_are_the_softmax(backbone, scenes):
     """4,000 branches of one prompt: the share of each first token, within four standard deviations of its probability."""
-    count, temperature = 4000, 1.5
+    count, temperature = 4000, 1.8
     lively(backbone, spread=0.35)
     prompt = encode(backbone, QUESTIONS[0] + common.BRANCH_END)
     with plain(backbone.model) as model, torch.no_grad():
@@ -571,7 +571,7 @@ def test_sampled_frequencies_are_the_softmax(backbone, scenes):
     often = wanted * count >= 10  # the rare tokens together: their counts are not normally distributed
     got, expected = (torch.cat([part[often], part[~often].sum()[None]]) for part in (got, wanted))
     assert ((got - expected).abs() <= 4 * (expected * (1 - expected) / count).sqrt()).all()
-    assert (wanted > 0.02).sum() > 5 and wanted.max() < 0.5  # many tokens are likely
+    assert (wanted > 0.01).sum() > 5 and wanted.max() < 0.5  # many tokens are likely
 
 
 def test_branches_with_and_without_a_prompt_may_be_mixed_in_generation(backbone, scenes):
