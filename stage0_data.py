@@ -11,6 +11,9 @@ meta     object boxes without pictures (VSI-Bench's meta information): the quest
     python stage0_data.py            # toy: data/toy and runs/toy/base, about five minutes on two cores
     python stage0_data.py --source scannet --scannet <folder with scans/ and the label table> --out data/mine
 
+A scan is a folder of scans/ with the mesh (<id>_vh_clean_2.ply), its segments and aggregation, <id>.txt, and the frames exported by
+ScanNet's SensReader: color/, depth/, pose/, intrinsic/. Validation rooms are refused without --allow_val: benchmarks use them.
+
 Output: {spld_grounding_data,spld_spatial_data,spld_coldstart_data}.jsonl with images/, manifest.json (seed, counts, every
 threshold, what was skipped and why) and gallery.html to look at (toy: and gallery.png). The toy also gets data/toy/heldout, the
 same files from other rooms, and runs/toy/base/model: a tiny Qwen2.5-VL with random weights whose vision tower was trained to
