@@ -1475,6 +1475,7 @@ def match_boxes(predicted, wanted):
     """For each wanted box, the first unused predicted box with its label in its picture, or an empty box: a list of (4,)."""
 
     def name(box):
+        """What must agree: the label and the number of the picture."""
         return box["label"].strip().lower(), box.get("picture", 1)
 
     left, out = list(predicted or []), []

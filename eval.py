@@ -5,7 +5,7 @@ model was trained to think, greedy and sampled. With --benchmarks: any checkpoin
 2510.08531, section 5), from files as they are downloaded from the hub, and on data of stage 0. Only a --model that is a hub
 id uses the network.
 
-    python eval.py          # base, stage 1, stage 2, cold start, stage 3; about four minutes on two cores
+    python eval.py          # base, stage 1, stage 2, cold start, stage 3; about three minutes on two cores
     python eval.py --model runs/3b/stage3/model --benchmarks vsi spbench-si spbench-mv cvbench spar viewspatial --data <root>
     python eval.py --model <any> --benchmarks stage0 --data <folder> --samples 4 --traces traces.jsonl    # a cold start of your own
     python eval.py --curves runs/toy/stage3 runs/no-stage1/stage3      # reward and held-out score of several runs, one plot

@@ -440,9 +440,14 @@ def listed(words):
     return f"{', '.join(words[:-1])}{',' if len(words) > 2 else ''} or {words[-1]}"
 
 
+def metre_digits(view):
+    """How many decimals a metre has in thoughts about a view."""
+    return view.rules["metre_digits"] if len(view.frames) > 1 else 1
+
+
 def written(numbers, view):
     """Metres as a thought writes them: "0.4,-1.2"; whole ones about several pictures of the toy."""
-    return ",".join(decimals(numbers, view.rules["metre_digits"] if len(view.frames) > 1 else 1))
+    return ",".join(decimals(numbers, metre_digits(view)))
 
 
 def offset_words(right, front, digits=1):
@@ -472,8 +477,7 @@ def step_words(a, b, view):
     if not view.frames:
         return []
     names = (f"{thing.label} {written(place_of(view, thing)[:2], view)}" for thing in (a, b))
-    digits = view.rules["metre_digits"] if len(view.frames) > 1 else 1
-    return [f"{' from '.join(names)}: {', '.join(offset_words(*step_between(a, b, view), digits))}"]
+    return [f"{' from '.join(names)}: {', '.join(offset_words(*step_between(a, b, view), metre_digits(view)))}"]
 
 
 def turn_words(angle, verdict, full=360):

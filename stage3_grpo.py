@@ -13,7 +13,7 @@ the policy moves toward the completions with positive advantage. Differences fro
 5. the cold start stops when a MEASURED share of sampled completions is well formed (--cold_format). The share rises steeply
    (in the toy from .05 to .38 in thirty steps), and a model that always gets the format right leaves GRPO less to learn.
 
-    python stage3_grpo.py                     # toy: about eight minutes on two cores
+    python stage3_grpo.py                     # toy: about ten minutes on two cores
     python stage3_grpo.py --preset 3b --data data/SpatialLadder-26k
 
 Writes runs/<preset>/coldstart and runs/<preset>/stage3, each with metrics.jsonl, samples.jsonl, curves.png, checkpoint.pt,

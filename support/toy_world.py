@@ -40,7 +40,6 @@ SIZES = 0.5, 1.65  # metres: smallest and largest solid
 HALVES = 2.8, 5.4  # metres from the turning camera to the walls
 TOUR = 0, 20, 60, 80, 120, 140, 180, 200  # numbers of the frames of a turning camera: two frames for each quarter
 WALLS = {"grey": (50, 60, 80), "beige": (235, 200, 150), "brown": (105, 80, 65), "white": (245, 245, 245)}  # at -x, +x, -y, +y
-QUARTERS = "white", "beige", "brown", "grey"  # the walls that the turning camera looks at
 SECOND_TURN = math.radians(8)  # between the two frames of a quarter: the halves of a video's temporal patch differ
 
 
