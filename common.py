@@ -983,30 +983,45 @@ def embed(backbone, ids, features=()):
     return out.masked_scatter(picture_mask(backbone, ids)[..., None], torch.cat(features).to(out.dtype)) if features else out
 
 
+BUCKETS = 4  # of branches with about the same length
+
+
 def pack_layout(prefixes, branches, device, slots=0):
     """Where each token of a packed row is. The row holds all prefixes, then all branches, without padding.
 
-    prefixes: B lengths; branches: B lists of lengths, N in all. Returns a namespace: prefix (B, P) and branch (N, C), the
-    place in the row of every padded slot (padding points at place 0); owner (N,), the prefix of each branch; mask
-    (N, 1, C, P + C), what a branch token attends to, and sees (N, P), its part for the prefix; unpad (T,), the padded slot of
+    prefixes: B lengths; branches: B lists of lengths, N in all. Returns a namespace: prefix (B, P), the place in the row of every
+    padded slot (padding points at place 0); buckets, for n branches of similar length each: their slots (n, C), the prefix of each
+    (n,), and what they attend to (n, 1, C, P + C); sees (N, P), the tokens of a branch's prefix; unpad (T,), the padded slot of
     every token of the row; starts and ends, N integers each: the place of a branch's first and of its prefix's last token.
-    slots: if not 0, branch_attention stores keys and values in `cache`, with room for so many tokens of each branch.
+    slots: if not 0, branch_attention stores keys and values in `cache`, with room for so many tokens of each branch; there is one
+    bucket then.
     """
-    counts = [len(lengths) for lengths in branches]
-    lengths = np.array(prefixes), np.array([n for lengths in branches for n in lengths], int)  # (B,), (N,)
-    starts = np.cumsum(np.concatenate(lengths)) - np.concatenate(lengths)  # (B + N,) first token of each part
-    starts = starts[: len(prefixes)], starts[len(prefixes) :]
-    owner = np.repeat(np.arange(len(prefixes)), counts)  # (N,)
-    valid = [np.arange(length.max(initial=0)) < length[:, None] for length in lengths]  # (B, P), (N, C)
-    places = [(first[:, None] + np.arange(v.shape[1])) * v for first, v in zip(starts, valid)]
-    ends = (starts[0] + lengths[0] - 1)[owner]  # (N,)
-    unpad = np.flatnonzero(np.concatenate([v.ravel() for v in valid]))  # (T,)
-    prefix, branch, owner, unpad, sees = (torch.tensor(x, device=device) for x in (*places, owner, unpad, valid[0][owner]))
-    own = torch.ones(branch.shape[1], branch.shape[1], dtype=torch.bool, device=device).tril()  # (C, C)
-    mask = torch.cat([sees[:, None].expand(-1, len(own), -1), own.expand(len(owner), -1, -1)], dim=-1)[:, None]  # (N, 1, C, P + C)
+    owner = np.repeat(np.arange(len(prefixes)), [len(lengths) for lengths in branches])  # (N,)
+    prefixes, lengths = np.array(prefixes), np.array([n for lengths in branches for n in lengths], int)  # (B,), (N,)
+    ends = np.cumsum(np.concatenate([prefixes, lengths]))  # (B + N,) behind the last token of each part
+    starts, prefix_ends, unpad = ends[len(prefixes) :] - lengths, ends[: len(prefixes)], np.zeros(ends[-1], int)
+    slots_before = 0
+
+    def grid(starts, lengths):  # -> places (n, longest), and which of them are no padding
+        nonlocal slots_before
+        valid = np.arange(lengths.max(initial=0)) < lengths[:, None]
+        places = (starts[:, None] + np.arange(valid.shape[1])) * valid
+        unpad[places[valid]] = slots_before + np.flatnonzero(valid)
+        slots_before += valid.size
+        return torch.tensor(places, device=device), torch.tensor(valid, device=device)
+
+    prefix, valid = grid(prefix_ends - prefixes, prefixes)
+    sees = valid[torch.tensor(owner, device=device)]  # (N, P)
+    buckets = []
+    for rows in [np.arange(len(lengths))] if slots else np.array_split(lengths.argsort(kind="stable"), BUCKETS):
+        branch, _ = grid(starts[rows], lengths[rows])  # (n, C)
+        own = torch.ones(branch.shape[1], branch.shape[1], dtype=torch.bool, device=device).tril()  # (C, C)
+        seen = sees[torch.tensor(rows, device=device)]  # (n, P)
+        mask = torch.cat([seen[:, None].expand(-1, len(own), -1), own.expand(len(rows), -1, -1)], dim=-1)[:, None]
+        buckets.append((branch, torch.tensor(owner[rows], device=device), mask))
     return SimpleNamespace(
-        prefix=prefix, branch=branch, owner=owner, mask=mask, sees=sees, unpad=unpad, starts=starts[1].tolist(),
-        ends=ends.tolist(), slots=slots, cache=[],
+        prefix=prefix, buckets=buckets, sees=sees, unpad=torch.tensor(unpad, device=device), starts=starts.tolist(),
+        ends=(prefix_ends - 1)[owner].tolist(), slots=slots, cache=[],
     )  # fmt: skip
 
 
@@ -1044,21 +1059,22 @@ def branch_attention(module, query, key, value, attention_mask, scaling=None, la
         return F.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=query.shape[1] > key.shape[1], **how)
 
     prefix_key, prefix_value = pad(key, layout.prefix), pad(value, layout.prefix)  # (B, kv heads, P, D)
-    prefix_out = attend(pad(query, layout.prefix), prefix_key, prefix_value, is_causal=True)
-    own_key, own_value = pad(key, layout.branch), pad(value, layout.branch)  # (N, kv heads, C, D)
-    if layout.slots:
-        room = [F.pad(part, (0, 0, 0, layout.slots - part.shape[2])) for part in (own_key, own_value)]  # (N, kv heads, slots, D)
-        layout.cache.append((prefix_key, prefix_value, *room))
-    if not layout.branch.numel():  # a rollout's branches are empty
-        return prefix_out.transpose(1, 2).flatten(0, 1).index_select(0, layout.unpad)[None], None
-    branch_key = torch.cat([prefix_key.index_select(0, layout.owner), own_key], dim=2)  # (N, kv heads, P + C, D)
-    branch_value = torch.cat([prefix_value.index_select(0, layout.owner), own_value], dim=2)
-    if query.is_cuda:  # a mask with grouped heads would leave only the kernel that writes all scores to memory
-        groups = query.shape[1] // key.shape[1]
-        branch_key, branch_value = (part.repeat_interleave(groups, dim=1) for part in (branch_key, branch_value))
-    branch_out = attend(pad(query, layout.branch), branch_key, branch_value, attn_mask=layout.mask)
-    out = [part.transpose(1, 2).flatten(0, 1) for part in (prefix_out, branch_out)]  # each (rows * longest, heads, D)
-    return torch.cat(out).index_select(0, layout.unpad)[None], None
+    out = [attend(pad(query, layout.prefix), prefix_key, prefix_value, is_causal=True)]
+    for branch, owner, mask in layout.buckets:
+        own_key, own_value = pad(key, branch), pad(value, branch)  # (n, kv heads, C, D)
+        if layout.slots:
+            room = [F.pad(part, (0, 0, 0, layout.slots - part.shape[2])) for part in (own_key, own_value)]  # (N, kv, slots, D)
+            layout.cache.append((prefix_key, prefix_value, *room))
+        if not branch.numel():  # a rollout's branches are empty
+            continue
+        branch_key = torch.cat([prefix_key.index_select(0, owner), own_key], dim=2)  # (n, kv heads, P + C, D)
+        branch_value = torch.cat([prefix_value.index_select(0, owner), own_value], dim=2)
+        if query.is_cuda:  # a mask with grouped heads would leave only the kernel that writes all scores to memory
+            groups = query.shape[1] // key.shape[1]
+            branch_key, branch_value = (part.repeat_interleave(groups, dim=1) for part in (branch_key, branch_value))
+        out.append(attend(pad(query, branch), branch_key, branch_value, attn_mask=mask))
+    out = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in out])  # (padded slots, heads, D)
+    return out.index_select(0, layout.unpad)[None], None
 
 
 def step_attention(query, key, value, scaling, state, prefix_key, prefix_value, own_key, own_value):

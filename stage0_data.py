@@ -111,17 +111,18 @@ RULE_TABLE = {
     "turn_deg": (15.0, "ours", "view change: smallest turn"),
     "depth_m": (5.0, "ours", "depth pictures: everything from this distance on is yellow"),
     "crop_px": (40, "ours", "a part of a picture as a second picture: smallest side in pixels"),
-    "metre_digits": (1, "ours", "thoughts about several pictures: decimals of places and steps in metres ..."),
-    "heading_deg": (1, "ours", "... and the unit of their angles, a divisor of 360"),
+    "step_m": (0.0, "ours", "thoughts about several pictures count places in whole steps of so many metres, those about one "
+                            "picture in half such steps; 0: in metres, with one decimal"),
+    "heading_deg": (1, "ours", "unit of the angles in thoughts about several pictures, a divisor of 360"),
     "shuffled": (1, "VSI-Bench", "standing direction: whether the options are in random order"),
     "tries": (100, "ours", "largest number of object groups tried for one type and one view"),
     "per_room_type": (6, "ours", "largest number of questions kept of one type, kind of picture and room, before balancing"),
 }
 RULES = {name: value for name, (value, _, _) in RULE_TABLE.items()}
 # A metre has few pixels in a toy picture, its solids do not touch, and its cameras are far away. A model this small learns to
-# subtract whole metres in minutes, but not decimals.
+# subtract whole numbers in minutes, but not decimals.
 TOY_RULES = RULES | {"gap_m": 0.3, "gap_large_m": 1.0, "direction_m": 0.0, "stand_far_m": 12.0, "compared": 3, "tries": 30,
-                     "depth_m": 10.0, "crop_px": 8, "metre_digits": 0, "heading_deg": 45, "shuffled": 0}
+                     "depth_m": 10.0, "crop_px": 8, "step_m": 1.0, "heading_deg": 45, "shuffled": 0}
 
 # ------------------------------------------------------------------------------------------------
 # 2. Reading rooms
@@ -440,26 +441,22 @@ def listed(words):
     return f"{', '.join(words[:-1])}{',' if len(words) > 2 else ''} or {words[-1]}"
 
 
-def metre_digits(view):
-    """How many decimals a metre has in thoughts about a view."""
-    return view.rules["metre_digits"] if len(view.frames) > 1 else 1
-
-
-def written(numbers, view):
-    """Metres as a thought writes them: "0.4,-1.2"; whole ones about several pictures of the toy."""
-    return ",".join(decimals(numbers, metre_digits(view)))
+def counted(numbers, view):
+    """Metres as a thought writes them: ["0.4", "-1.2"]; in the toy whole numbers of steps."""
+    step = view.rules["step_m"] * (1 if len(view.frames) > 1 else 0.5)
+    return decimals([x / step for x in numbers], 0) if step else decimals(numbers)
 
 
 def offset_words(right, front, digits=1):
-    """["right 1.2", "front 0.4"]: a step in metres, as a camera sees it; front is farther from the camera."""
+    """["right 1.2", "front 0.4"]: a step as a camera sees it; front is farther from the camera."""
     side, along = "right" if right > 0 else "left", "front" if front > 0 else "back"
     return [f"{side} {abs(right):.{digits}f}", f"{along} {abs(front):.{digits}f}"]
 
 
 def step_between(a, b, view):
-    """How far a is to the right of b and beyond it for the camera of the first picture, in metres: the difference of their places
-    as a thought writes them, so that its arithmetic is exact."""
-    (ax, ay), (bx, by) = (map(float, written(place_of(view, thing)[:2], view).split(",")) for thing in (a, b))
+    """How far a is to the right of b and beyond it for the camera of the first picture: the difference of their places as a
+    thought writes them, so that its arithmetic is exact."""
+    (ax, ay), (bx, by) = (map(float, counted(place_of(view, thing)[:2], view)) for thing in (a, b))
     return round(ax - bx, 1), round(ay - by, 1)
 
 
@@ -476,8 +473,9 @@ def step_words(a, b, view):
     there are no pictures."""
     if not view.frames:
         return []
-    names = (f"{thing.label} {written(place_of(view, thing)[:2], view)}" for thing in (a, b))
-    return [f"{' from '.join(names)}: {', '.join(offset_words(*step_between(a, b, view), metre_digits(view)))}"]
+    names = (f"{thing.label} {','.join(counted(place_of(view, thing)[:2], view))}" for thing in (a, b))
+    digits = 0 if view.rules["step_m"] else 1
+    return [f"{' from '.join(names)}: {', '.join(offset_words(*step_between(a, b, view), digits))}"]
 
 
 def turn_words(angle, verdict, full=360):
@@ -662,7 +660,7 @@ def room_size(view):
 
 def appearance_order(view):
     """In which order do four labels first appear in the video? The wrong options are three other orders."""
-    first, shown = {}, {}  # label -> second of its first appearance, its object there
+    first, picture, shown = {}, {}, {}  # label -> second of its first appearance, number of that picture, its object there
     labels = {o.label for o in view.visible_objects()} if view.frames else set()
     for label in sorted(label for label in labels if not is_ambiguous(label, labels)):
         numbers = {o.number for o in view.room.objects if o.label == label}
@@ -671,7 +669,7 @@ def appearance_order(view):
         if any(numbers & some for some in view.glimpsed[:clear]):
             yield "partly visible before it is clearly visible"
         else:
-            first[label] = view.frames[clear].number / RULES["frames_per_second"]
+            first[label], picture[label] = view.frames[clear].number / RULES["frames_per_second"], clear + 1
     fours = list(itertools.combinations(sorted(first), 4))
     for four in view.rng.sample(fours, min(len(fours), RULES["tries"])):
         order = sorted(four, key=first.get)
@@ -683,9 +681,19 @@ def appearance_order(view):
         yield {
             "question": "What will be the first-time appearance order of the following categories in the video: "
                         f"{', '.join(asked)}?",
-            "options": lettered(options), "answer": answer, "objects": [shown[label] for label in order],
-            "thought": "; ".join(f"{first[label]:.1f} s {label}" for label in order),
+            "options": lettered(options), "answer": answer, "objects": [shown[label] for label in asked],
+            "thought": "; ".join(order_words(letter, option.split(", "), picture) for letter, option in zip("ABCD", options)
+                                 if letter <= answer),
         }  # fmt: skip
+
+
+def order_words(letter, labels, picture):
+    """A thought about one option: its labels with the numbers of their pictures, up to the first that comes too early: "A. lamp
+    3, bed 1: no", or "B. bed 1, lamp 3: yes"."""
+    numbers = [picture[label] for label in labels]
+    early = next((i for i in range(1, len(labels)) if numbers[i] < numbers[i - 1]), None)
+    words = [f"{label} {number}" for label, number in zip(labels, numbers)][: early and early + 1]
+    return f"{letter}. {', '.join(words)}: {'no' if early else 'yes'}"
 
 
 def perspective_taking(view):
@@ -1034,9 +1042,10 @@ def toy_thought(view, row, places, box_side):
 
 def where_words(view, thing):
     """The words after a box in toy_thought."""
-    picture, here = picture_of(view, thing), f"{thing.label} {written(place_of(view, thing)[:2], view)};"
+    picture, here = picture_of(view, thing), f"{thing.label} {','.join(counted(place_of(view, thing)[:2], view))};"
     own = replace(view, frames=view.frames[picture:])  # its first camera is that of the picture
-    return here if len(view.frames) == 1 else f"picture {picture + 1}: {written(place_of(own, thing)[:2], view)}; {here}"
+    there = ",".join(counted(place_of(own, thing)[:2], view))
+    return here if len(view.frames) == 1 else f"picture {picture + 1}: {there}; {here}"
 
 
 def process_toy_room(job):
@@ -1103,15 +1112,16 @@ def shown_objects(view, first):
     return {"image": image_names(some), "objects": labelled_boxes(some, some.visible_objects())}
 
 
-def build_toy(root, rooms, first, settings, traces, detection, made_from=""):
-    """Build `rooms` toy rooms under `root`, numbered from `first`, and write the JSONL files. made_from: see jobs.process_rooms.
-    Returns counts for the manifest."""
+def build_toy(root, rooms, first, settings, traces, detection, targets, made_from=""):
+    """Build `rooms` toy rooms under `root`, numbered from `first`, and write the JSONL files. targets: see balance; made_from: see
+    jobs.process_rooms. Returns counts for the manifest."""
     root.mkdir(parents=True, exist_ok=True)
     toy_world.write_labels(root / "labels.tsv")
     names = [f"scene{first + i:04d}_00" for i in range(rooms)]
     todo = [(name, made_from, (name, settings, root, detection)) for name in names]
     parts = jobs.process_rooms(process_toy_room, todo, root, settings.workers, f"rooms of {root.name}")
     spatial, locate, objects = ([row for part in parts for row in part[kind]] for kind in ("spatial", "locate", "objects"))
+    spatial = balance(spatial, targets, 1000, settings.seed)
     labels = scannet.read_labels(root / "labels.tsv")
     entries = gallery_entries(spatial, cache(lambda name: read_scannet(root / "scans" / name, labels)), root, settings.seed)
     files.write_atomic(root / "gallery.html", report.gallery_page(entries))
@@ -1204,6 +1214,7 @@ def gallery_entry(row, room, images=Path()):
 
 # The settings that decide what the data is: data made with others is not resumed.
 REAL_CONFIG = ("source", "scannet", "seed", "allow_val", "extra", "single_rows", "multi_rows", "video_rows", "per_room", "traces")
+TOY_ROWS = {"single_image": 10 / 3, "multi_view": 10 / 3, "video": 4.4}  # questions for each training room: no type dominates
 TOY_CONFIG = ("seed", "extra", "rooms", "heldout_rooms", "traces", "backbone")
 RULES_FACTS = {  # for the manifest
     "rules": {name: {"value": value, "from": origin, "meaning": text} for name, (value, origin, text) in RULE_TABLE.items()},
@@ -1239,13 +1250,15 @@ def real_data(settings):
 
 
 def toy_data(settings):
-    """The toy's data. All rows of its rooms are kept."""
+    """The toy's data. Of the held-out rooms all rows are kept."""
     root, config = Path(settings.data), {name: getattr(settings, name) for name in TOY_CONFIG}
     made_from = jobs.fingerprint(config, Path(__file__), Path(scannet.__file__), Path(toy_world.__file__))
     if os.environ.get("RANK", "0") != "0" or not jobs.prepare(root, config, settings, made_from):
         return
-    train = build_toy(root, settings.rooms, 0, settings, settings.traces, True, made_from)
-    heldout = build_toy(root / "heldout", settings.heldout_rooms, settings.rooms, settings, 0, False, made_from)
+    targets = {data_type: round(share * settings.rooms) for data_type, share in TOY_ROWS.items()}
+    train = build_toy(root, settings.rooms, 0, settings, settings.traces, True, targets, made_from)
+    everything = dict.fromkeys(common.DATA_TYPES, 0)
+    heldout = build_toy(root / "heldout", settings.heldout_rooms, settings.rooms, settings, 0, False, everything, made_from)
     with files.disk_errors(root / "gallery.png"):
         report.draw_gallery(root, settings.seed).save(root / "gallery.png")
     jobs.finish(root, {"config": config, "made_from": made_from} | RULES_FACTS | {"counts": {"train": train, "heldout": heldout}})

@@ -216,7 +216,7 @@ def gallery(tmp_path_factory):
     """The folder of a toy of a few rooms."""
     root = tmp_path_factory.mktemp("gallery")
     settings = stage0_data.DataSettings(preset="toy", data=str(root), extra=True, workers=1)
-    stage0_data.build_toy(root, 5, 0, settings, 4, True)
+    stage0_data.build_toy(root, 5, 0, settings, 4, True, dict.fromkeys(common.DATA_TYPES, 0))
     return root
 
 

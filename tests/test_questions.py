@@ -342,7 +342,8 @@ def test_most_questions_over_several_views_cannot_be_answered_from_one_of_them(t
 def build(root, rooms, first, seed, traces, workers, detection, extra=False, made_from=""):
     """build_toy with its settings. Returns the counts."""
     settings = stage0_data.DataSettings(seed=seed, workers=workers, extra=extra)
-    return stage0_data.build_toy(root, rooms, first, settings, traces, detection, made_from)
+    everything = dict.fromkeys(common.DATA_TYPES, 0)
+    return stage0_data.build_toy(root, rooms, first, settings, traces, detection, everything, made_from)
 
 
 @pytest.fixture(scope="module")
@@ -395,6 +396,17 @@ def test_files_obey_the_schema(split):
     assert len({(row["question_id"], *row["image"], row["data_type"]) for row in rows}) == len(rows)
 
 
+def test_training_rows_are_shared_evenly_among_types(split, tmp_path):
+    targets = {"single_image": 20, "multi_view": 26, "video": 21}
+    settings, everything = stage0_data.DataSettings(seed=3, workers=1), split[1]["by_kind"]
+    counts = stage0_data.build_toy(tmp_path, 24, 0, settings, 0, False, targets)["by_kind"]
+    for data_type, wanted in targets.items():
+        some = {kind: count for kind, count in counts.items() if kind.startswith(data_type)}
+        assert sum(some.values()) == wanted
+        reached = max(some.values())
+        assert all(count >= reached - 1 or count == everything[kind] for kind, count in some.items())
+
+
 def test_localisation_rows_name_their_boxes_and_stay_in_the_picture(split):
     rows = common.read_jsonl(split[0] / "objects.jsonl")
     shown, asked_for = {row["image"][0]: row["objects"] for row in rows if len(row["image"]) == 1}, Counter()
@@ -426,9 +438,14 @@ def test_a_thought_never_contradicts_its_answer(split):
     for row, _, words, answer in thoughts_of(split[0]):
         assert answer == row["answer"]
         if row["question_type"] == "appearance order":
-            times = {label: float(time) for time, label in re.findall(r"(\d+\.\d) s ([a-z]+ [a-z]+)", words)}
-            assert ", ".join(times) == answered(row) and len(times) == 4
-            assert min(b - a for a, b in itertools.pairwise(times.values())) >= 1
+            pictures, checked = {box["label"]: box["picture"] for box in row["boxes"]}, words.split("; ")
+            for option, text in itertools.zip_longest(row["options"][: len(checked)], checked):
+                labels = option[3:].split(", ")
+                numbers = [pictures[label] for label in labels]
+                falls = [place for place in range(1, 4) if numbers[place] < numbers[place - 1]]  # by hand
+                said = [f"{label} {number}" for label, number in zip(labels, numbers)][: falls[0] + 1 if falls else 4]
+                assert text == f"{option[:3]}{', '.join(said)}: {'no' if falls else 'yes'}"
+            assert words.endswith(": yes") and checked[-1][0] == answer
         elif row["question_type"] == "relative distance":
             assert words.endswith(f": {answer}")
         elif row["options"]:
@@ -469,7 +486,7 @@ def test_the_boxes_of_a_thought_are_those_of_the_objects_in_the_question(split):
             assert len(boxes) == int(answer) and set(labels) == {label for label in every if label in text}
             assert len({(box["picture"], *box["bbox_2d"]) for box in row["boxes"]}) == len(boxes)
         elif row["question_type"] == "appearance order":
-            assert ", ".join(labels) == answered(row)
+            assert f": {', '.join(labels)}?" in row["question"]
         elif row["question_type"] in SINGLE:
             assert sorted(labels) == sorted(label for label in every if label in text)
         else:
@@ -499,9 +516,9 @@ def test_a_box_is_that_of_the_mask_in_the_first_picture_that_shows_it(split, mad
     assert {picture for data_type, picture in pictures if data_type == "video"} >= {1, 3, 5, 7}
 
 
-def close(said, truth, several):
-    """Whether metres of a thought (x, y) are the true ones, rounded: to whole ones about several pictures, else to 0.1."""
-    return np.abs(np.subtract(said, truth)).max() <= (0.5 if several else 0.05) + 1e-3
+def close(said, truth, step):
+    """Whether the numbers of a thought (x, y), in steps of `step` metres, are the true metres, rounded to a step."""
+    return np.abs(np.subtract(np.multiply(said, step), truth)).max() <= step / 2 + 1e-3
 
 
 def test_places_steps_and_turn_of_a_thought_are_those_of_the_room(split, made):
@@ -509,6 +526,7 @@ def test_places_steps_and_turn_of_a_thought_are_those_of_the_room(split, made):
     for row, _, words, _ in thoughts_of(split[0]):
         room, places = pictures_of(row, made)
         kind, camera, several = row["question_type"], room["cameras"][places[0]], len(places) > 1
+        step = 1.0 if several else 0.5
         named = []  # a name may be unique in the picture, but not in the room
         for box in row["boxes"]:
             numbers = np.unique(room["masks"][places[box.get("picture", 1) - 1]])
@@ -524,9 +542,9 @@ def test_places_steps_and_turn_of_a_thought_are_those_of_the_room(split, made):
                 picture, own_x, own_y = own_place
                 own = room["cameras"][places[box["picture"] - 1]]
                 assert int(picture) == box["picture"]
-                assert close((float(own_x), float(own_y)), offset_of(thing, dict(zip("xy", own[:2, 3])), own), True)
+                assert close((float(own_x), float(own_y)), offset_of(thing, dict(zip("xy", own[:2, 3])), own), step)
             stands[label] = np.array([float(x), float(y)])
-            assert close(stands[name_of(thing)], offset_of(thing, dict(zip("xy", camera[:2, 3])), camera), several)
+            assert close(stands[name_of(thing)], offset_of(thing, dict(zip("xy", camera[:2, 3])), camera), step)
         if kind not in SINGLE[:3]:
             continue
         *others, last = named
@@ -538,13 +556,12 @@ def test_places_steps_and_turn_of_a_thought_are_those_of_the_room(split, made):
         for thing, (side, right, along, ahead) in zip(others, offsets):
             said = np.array([float(right) * (1 if side == "right" else -1), float(ahead) * (1 if along == "front" else -1)])
             if not placed:
-                assert close(said, offset_of(thing, last, camera), several)
+                assert close(said / 0.1, offset_of(thing, last, camera), 0.1)
                 continue
             label, x, y, origin, from_x, from_y = pairs.pop(0)
             assert (label, origin) == (name_of(thing), name_of(last))
             start, end = np.array([float(from_x), float(from_y)]), np.array([float(x), float(y)])
             assert (stands[label] == end).all() and (stands[origin] == start).all() and np.allclose(end - start, said)
-            assert several or close(said, offset_of(thing, last, camera), True)
         if "turn" in words:
             *turn, eighths, side, verdict = re.search(r"from (\d) to (\d) turn (\d) to the (left|right): (.+)", words).groups()
             ways = [int(way) for way in re.findall(r" at (\d)", words)]

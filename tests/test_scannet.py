@@ -1044,9 +1044,14 @@ def derived(row, rest):
         right, ahead = (float(value) for value in re.match(r"right (-?\d+\.\d), ahead (-?\d+\.\d): ", rest).groups())
         return ("right" if right > 0 else "left") if abs(right) > abs(ahead) else "forward" if ahead > 0 else "backward"
     if kind == "appearance order":
-        seconds = re.findall(r"(?:^|; )(\d+\.\d) s ([^;]+)", rest)
-        assert len({second for second, _ in seconds}) == 4 and seconds == sorted(seconds, key=lambda item: float(item[0]))
-        return ", ".join(label for _, label in seconds)
+        options = [option[3:].split(", ") for option in re.sub(": (no|yes)", "", rest).split("; ")]
+        *wrong, right = [[part.rsplit(" ", 1) for part in parts] for parts in options]
+        assert rest.count(": no") == len(wrong) and rest.endswith(": yes") and rest.split("; ")[-1][0] == row["answer"]
+        order = {label: int(picture) for label, picture in right}
+        assert len(order) == 4 and sorted(order.values()) == list(order.values())
+        for *rising, early in wrong:  # the last word of a wrong option stands behind one of a later picture
+            assert int(early[1]) == order[early[0]] < order[rising[-1][0]] and all(order[label] == int(n) for label, n in rising)
+        return ", ".join(order)
     return re.search(r"(?:apart|size|count|floor) (\d+\.?\d*)$", rest)[1]
 
 
