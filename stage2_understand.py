@@ -43,7 +43,7 @@ PRESETS = {
     # Half of stage 1's learning rate: at the full rate a new task makes the model forget its boxes.
     "toy": {
         "load": "fp32", "tune": "full", "keep_features": True, "optimizer": "muon", "lr": 7e-4, "muon_lr": 0.009,
-        "steps": 520, "train_batch": 12, "branches": 9, "micro_batch": 4, "warmup": 0.05, "eval_every": 260, "save_every": 260,
+        "steps": 900, "train_batch": 16, "branches": 9, "micro_batch": 4, "warmup": 0.05, "eval_every": 450, "save_every": 300,
         "direct": 0.25, "worked": 1.0, "replay": 0.5,
     },
     # The paper: one epoch, 16 rows a step, learning rate 1e-5 for full tuning. Here a step has 4 scenes with up to 9 questions.
