@@ -43,7 +43,8 @@ TINY = {  # flags of a small toy ladder
     "stage2_understand": (*TRAIN, "--max_steps", "4"),
     # Here max_steps bounds the cold start, which ends before it at the share of well-formed answers asked for.
     "stage3_grpo": (*TRAIN, "--train_batch", "6", "--group_size", "4", "--max_new_tokens", "16", "--steps", "4", "--mu", "1",
-                    "--beta", "0.1", "--cold_steps", "150", "--cold_format", "0.1", "--cold_mix", "0", "--max_steps", "150"),
+                    "--beta", "0.1", "--cold_steps", "150", "--cold_format", "0.1", "--cold_eval_every", "10", "--cold_mix", "0",
+                    "--max_steps", "150"),
 }  # fmt: skip
 STAGES = {"stage1_localize": "stage1", "stage2_understand": "stage2", "stage3_grpo": "stage3"}
 
