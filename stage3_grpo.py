@@ -75,9 +75,9 @@ class GRPOSettings(runs.TrainSettings):
 
 PRESETS = {
     "toy": {
-        "load": "fp32", "keep_features": True, "micro_batch": 4, "lr": 1e-3, "lora_rank": 32, "lora_alpha": 32, "steps": 60,
+        "load": "fp32", "keep_features": True, "micro_batch": 4, "lr": 1e-3, "lora_rank": 32, "lora_alpha": 32, "steps": 40,
         "train_batch": 16, "group_size": 8, "max_new_tokens": 224, "locate": 0.2, "beta": 0.03, "warmup": 0.05,
-        "cold_lr": 3e-4, "cold_muon_lr": 0.003, "cold_tune": "full", "cold_optimizer": "muon", "cold_steps": 160,
+        "cold_lr": 3e-4, "cold_muon_lr": 0.003, "cold_tune": "full", "cold_optimizer": "muon", "cold_steps": 240,
         "cold_mix": 2.0, "cold_eval_every": 40, "eval_every": 20, "save_every": 30,
     },
     # The paper: 8 questions a step, beta .01, 1,024 new tokens, temperature 1, one epoch. Its script has G = 4; we sample 8.
