@@ -1013,7 +1013,8 @@ def pack_layout(prefixes, branches, device, slots=0):
     prefix, valid = grid(prefix_ends - prefixes, prefixes)
     sees = valid[torch.tensor(owner, device=device)]  # (N, P)
     buckets = []
-    for rows in [np.arange(len(lengths))] if slots else np.array_split(lengths.argsort(kind="stable"), BUCKETS):
+    count = min(BUCKETS, len(lengths)) or 1
+    for rows in [np.arange(len(lengths))] if slots else np.array_split(lengths.argsort(kind="stable"), count):
         branch, _ = grid(starts[rows], lengths[rows])  # (n, C)
         own = torch.ones(branch.shape[1], branch.shape[1], dtype=torch.bool, device=device).tril()  # (C, C)
         seen = sees[torch.tensor(rows, device=device)]  # (n, P)

@@ -11,7 +11,7 @@ the policy moves toward the completions with positive advantage. Differences fro
    that had the format and answered nothing (--legal_format false is the paper);
 4. localisation questions can be mixed in, rewarded by IoU, so that a small model keeps its boxes;
 5. the cold start can stop when a MEASURED share of sampled completions is well formed (--cold_format). The toy does not use
-   it: stopped at half of its learning rate, it lost a quarter of what stage 2 can (skill .50 -> .37).
+   it: stopped at a share of .5, the thoughts were still worse than the worked answers of stage 2 (skill .37, not .50).
 
     python stage3_grpo.py                     # toy: about ten minutes on two cores
     python stage3_grpo.py --preset 3b --data data/SpatialLadder-26k
