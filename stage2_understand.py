@@ -10,7 +10,7 @@ Differences from the reference code:
    learns relations hardly better than a guess; from worked answers it does learn them. The paper's data has none, and
    --worked 0 leaves them out. Their prompt has other words (INSTRUCTIONS in common.py), so direct answers stay direct.
 
-    python stage2_understand.py               # toy: about thirteen minutes on two cores
+    python stage2_understand.py               # toy: about fifteen minutes on two cores
     python stage2_understand.py --preset 3b --data data/SpatialLadder-26k
 
 Writes runs/<preset>/stage2: metrics.jsonl, samples.jsonl, curves.png, checkpoint.pt, model/ (and adapter/).
