@@ -676,13 +676,13 @@ def appearance_order(view):
         if min(first[b] - first[a] for a, b in zip(order, order[1:])) <= RULES["apart_s"]:
             yield "appear at nearly the same time"
             continue
-        asked, others = view.rng.sample(order, 4), [list(x) for x in itertools.permutations(order) if list(x) != order]
-        options, answer = view.options(", ".join(order), [", ".join(other) for other in view.rng.sample(others, 3)])
+        asked, orders = view.rng.sample(order, 4), {", ".join(x): x for x in itertools.permutations(order)}  # the right one first
+        options, answer = view.options(", ".join(order), view.rng.sample(list(orders)[1:], 3))
         yield {
             "question": "What will be the first-time appearance order of the following categories in the video: "
                         f"{', '.join(asked)}?",
             "options": lettered(options), "answer": answer, "objects": [shown[label] for label in asked],
-            "thought": "; ".join(order_words(letter, option.split(", "), picture) for letter, option in zip("ABCD", options)
+            "thought": "; ".join(order_words(letter, orders[option], picture) for letter, option in zip("ABCD", options)
                                  if letter <= answer),
         }  # fmt: skip
 
@@ -1214,7 +1214,7 @@ def gallery_entry(row, room, images=Path()):
 
 # The settings that decide what the data is: data made with others is not resumed.
 REAL_CONFIG = ("source", "scannet", "seed", "allow_val", "extra", "single_rows", "multi_rows", "video_rows", "per_room", "traces")
-TOY_ROWS = {"single_image": 10 / 3, "multi_view": 10 / 3, "video": 4.4}  # questions for each training room: no type dominates
+TOY_ROWS = {"single_image": 10 / 3, "multi_view": 10 / 3, "video": 4.4}  # questions for each training room, see balance
 TOY_CONFIG = ("seed", "extra", "rooms", "heldout_rooms", "traces", "backbone")
 RULES_FACTS = {  # for the manifest
     "rules": {name: {"value": value, "from": origin, "meaning": text} for name, (value, origin, text) in RULE_TABLE.items()},
