@@ -1123,15 +1123,16 @@ def packed_row(backbone, prefixes, branches, slots=0):
     return packed_forward(backbone, embeds, positions[:, None], layout, deepstack)[0], layout
 
 
-def branch_logprobs(backbone, prefixes, branches, sampler=False, chunk=LOGITS_AT_ONCE):
+def branch_logprobs(backbone, prefixes, branches, temperature=None, chunk=LOGITS_AT_ONCE):
     """Log-probability of every completion token, with each prefix encoded once.
 
     prefixes: B Prefix. branches: B lists of (prompt ids, completion ids), N in all; a prompt may be empty.
-    Returns logps (N, C), zero at padding; entropy (N, C) in nats, without gradient, zero unless `sampler`; mask (N, C), True at
-    completion tokens. Equal to separate rows [prefix + prompt + completion], at the cost of P + sum(branch) tokens instead of
+    Returns logps (N, C), zero at padding; entropy (N, C) in nats, without gradient, zero for SFT; mask (N, C), True at completion
+    tokens. Equal to separate rows [prefix + prompt + completion], at the cost of P + sum(branch) tokens instead of
     N * P + sum(branch). Logits are computed at completion tokens only, `chunk` at a time.
-    sampler: of the distribution that branch_generate samples from, in which forbidden tokens have no probability (for GRPO:
-    sampler and scorer must be one distribution). SFT leaves them in, so that the saved model learns to avoid them by itself.
+    temperature: of the distribution that branch_generate samples from with it, in which forbidden tokens have no probability (for
+    GRPO: sampler and scorer must be one distribution). None, for SFT: of the model's own distribution, forbidden tokens left in,
+    so that the saved model learns to avoid them by itself.
     """
     model, device = unwrap(backbone.model), backbone.device
     flat = [branch for group in branches for branch in group]
@@ -1148,9 +1149,11 @@ def branch_logprobs(backbone, prefixes, branches, sampler=False, chunk=LOGITS_AT
 
     def score(hidden, targets):  # (n, width), (n,) -> (n,), (n,)
         logits = model.lm_head(hidden).float()  # (n, V)
-        logits = (logits.masked_fill_(backbone.forbidden, -torch.inf) if sampler else logits).log_softmax(-1)
-        entropy = torch.special.entr(logits.detach().exp()).sum(-1) if sampler else torch.zeros_like(targets, dtype=torch.float32)
-        return logits.gather(-1, targets[:, None])[:, 0], entropy
+        if temperature:
+            logits = logits.masked_fill_(backbone.forbidden, -torch.inf) / temperature
+        logps = logits.log_softmax(-1)
+        entropy = torch.special.entr(logps.detach().exp()).sum(-1) if temperature else torch.zeros_like(logps[:, 0])
+        return logps.gather(-1, targets[:, None])[:, 0], entropy
 
     parts = []
     for rows, wanted in zip(hidden.index_select(0, sources).split(chunk), targets.split(chunk)):

@@ -54,10 +54,10 @@ class GRPOSettings(runs.TrainSettings):
     cold_mix: float = setting(0.0, "cold start: rows of the stages before that are mixed in, for each trace")
     cold_format: float = setting(1.1, "cold start: stop when this share of sampled completions is well formed and legal")
     cold_eval_every: int = setting(100, "cold start: steps between measurements of that share")
-    types: list[str] = word_list("question types to learn, such as 'object size'; none: all")
+    types: list[str] = word_list("question types that GRPO asks, such as 'object size'; none: all")
     group_size: int = setting(8, "G: completions sampled for a question")
     max_new_tokens: int = setting(1024, "longest completion")
-    temperature: float = setting(1.0, "of the rollout; 1: sampler and scorer are one distribution")
+    temperature: float = setting(1.0, "of the policy, when it samples and when it is scored")
     epsilon_low: float = setting(0.2, "the ratio is clipped at 1 - epsilon_low ...")
     epsilon_high: float = setting(0.2, "... and at 1 + epsilon_high")
     beta: float = setting(0.01, "weight of the KL to the starting policy; 0: none")
@@ -75,8 +75,10 @@ class GRPOSettings(runs.TrainSettings):
 
 PRESETS = {
     "toy": {
-        "load": "fp32", "keep_features": True, "micro_batch": 4, "lr": 1e-3, "lora_rank": 32, "lora_alpha": 32, "steps": 40,
+        "load": "fp32", "keep_features": True, "micro_batch": 4, "lr": 1e-3, "lora_rank": 32, "lora_alpha": 32, "steps": 60,
         "train_batch": 16, "group_size": 8, "max_new_tokens": 224, "locate": 0.2, "beta": 0.03, "warmup": 0.05,
+        # Colder samples, and only questions whose answer is right or wrong: both make the reward say more about the thought.
+        "temperature": 0.5, "types": ["relative direction", "relative distance"],
         "cold_lr": 3e-4, "cold_muon_lr": 0.003, "cold_tune": "full", "cold_optimizer": "muon", "cold_steps": 240,
         "cold_mix": 2.0, "cold_eval_every": 40, "eval_every": 20, "save_every": 30,
     },
@@ -172,11 +174,11 @@ def cold_start(settings):
     cold = replace(
         settings, out=str(Path(settings.out).parent / "coldstart"), lr=settings.cold_lr, muon_lr=settings.cold_muon_lr,
         tune=settings.cold_tune, optimizer=settings.cold_optimizer, steps=settings.cold_steps,
-        train_batch=settings.cold_train_batch, eval_every=settings.cold_eval_every,
+        train_batch=settings.cold_train_batch, eval_every=settings.cold_eval_every, types=[],
         resume="never" if settings.resume == "never" else "auto",
     )  # fmt: skip
     names = ["preset", "model", "data", "seed", "load", "min_picture_tokens", "max_picture_tokens", "branches", "warmup", "clip",
-             "eval_scenes", "seconds_per_grid", "fps", "types"]  # fmt: skip
+             "eval_scenes", "seconds_per_grid", "fps"]  # fmt: skip
     names += ["lora_rank", "lora_alpha"] * (cold.tune == "lora") + [name for name in vars(cold) if name.startswith("cold_")]
     if not runs.is_finished(cold, names):
         run = runs.Run(cold, {"loss": ["loss"], "sampled, training scenes": ["format", "accuracy_given_format"]})
@@ -296,8 +298,8 @@ def update(backbone, optimizers, prefixes, groups, advantages, counted, live, se
             some, branches = [prefixes[i] for i in part], [[([], ids) for ids in groups[i]] for i in part]
             if number_of_update == 0 and settings.beta:
                 with torch.no_grad(), backbone.model.disable_adapter():
-                    reference[number] = common.branch_logprobs(backbone, some, branches, sampler=True)[0]
-            logps, entropy, mask = common.branch_logprobs(backbone, some, branches, sampler=True)  # (N, C)
+                    reference[number] = common.branch_logprobs(backbone, some, branches, settings.temperature)[0]
+            logps, entropy, mask = common.branch_logprobs(backbone, some, branches, settings.temperature)  # (N, C)
             old.setdefault(number, logps.detach())
             mask = mask & counted[part].flatten()[:, None].to(mask.device)
             loss, stats = grpo_loss(
@@ -314,7 +316,7 @@ def update(backbone, optimizers, prefixes, groups, advantages, counted, live, se
 @torch.no_grad()
 def compare_with_rows(backbone, prefix, group):
     """Print how far branch_logprobs is from one plain row a completion: on a GPU the two run different attention kernels."""
-    together, _, mask = common.branch_logprobs(backbone, [prefix], [[([], ids) for ids in group]], sampler=True)  # (G, C)
+    together, _, mask = common.branch_logprobs(backbone, [prefix], [[([], ids) for ids in group]], temperature=1.0)  # (G, C)
     alone = torch.cat([common.row_logprobs(backbone, prefix, ids) for ids in group])  # (completion tokens,)
     gap = (together[mask] - alone).abs()
     common.print0(f"log-probabilities of shared prefixes against separate rows: {gap.mean():.1e} apart, at most {gap.max():.1e}")

@@ -116,11 +116,11 @@ def stage(module, folder, load, asked):
         (out.parent / "coldstart" / "model").symlink_to(folder / "model")
     tokens, peaks, score, budget = {"forward": 0, "learnt": 0}, [], common.branch_logprobs, memory.memory_budget
 
-    def counting(backbone, prefixes, branches, sampler=False):
+    def counting(backbone, prefixes, branches, temperature=None):
         count = sum(len(p.ids) for p in prefixes) + sum(len(p) + len(c) for group in branches for p, c in group)
         tokens["forward"] += count
         tokens["learnt"] += count * torch.is_grad_enabled()
-        return score(backbone, prefixes, branches, sampler)
+        return score(backbone, prefixes, branches, temperature)
 
     def noting(backbone, *largest):
         tokens["parameters"] = sum(p.numel() for p in common.unwrap(backbone.model).model.language_model.layers.parameters())

@@ -120,13 +120,13 @@ def plain(model):
     model.set_attn_implementation({"": "sdpa", "text_config": "branches"})
 
 
-def row_logprobs(backbone, scene, prompt, completion, sampler=False, **changed):
-    """(log-probabilities, entropies) of one completion, from one unpadded row of one full forward. sampler: only among tokens that
-    may be sampled."""
+def row_logprobs(backbone, scene, prompt, completion, temperature=None, **changed):
+    """(log-probabilities, entropies) of one completion, from one unpadded row of one full forward. temperature: only among tokens
+    that may be sampled, with this temperature."""
     with plain(backbone.model) as model:
         logits = model(**inputs(backbone, scene, prompt + completion) | changed).logits[0, -len(completion) - 1 : -1]
-    allowed = [token for token in range(logits.shape[-1]) if not (sampler and backbone.forbidden[token])]
-    logits = logits[:, allowed].log_softmax(-1)  # (C, allowed)
+    allowed = [token for token in range(logits.shape[-1]) if not (temperature and backbone.forbidden[token])]
+    logits = (logits[:, allowed] / (temperature or 1.0)).log_softmax(-1)  # (C, allowed)
     picked = torch.stack([logits[place, allowed.index(token)] for place, token in enumerate(completion)])
     return picked, -(logits.exp() * logits).sum(-1)
 
@@ -145,20 +145,20 @@ def make_branches(backbone, counts, shift=0):
 
 def check_against_rows(backbone, scenes, prefixes, branches, before=()):
     """Values, entropy and mask of branch_logprobs against separate rows; `before`: text that the prefixes end with."""
-    for sampler in (False, True):
-        check_distribution(backbone, scenes, prefixes, branches, before, sampler)
+    for temperature in (None, 1.0, 0.7):
+        check_distribution(backbone, scenes, prefixes, branches, before, temperature)
 
 
-def check_distribution(backbone, scenes, prefixes, branches, before, sampler):
-    logps, entropy, mask = common.branch_logprobs(backbone, prefixes, branches, sampler)
+def check_distribution(backbone, scenes, prefixes, branches, before, temperature):
+    logps, entropy, mask = common.branch_logprobs(backbone, prefixes, branches, temperature)
     row = 0
     for scene, group, words in zip(scenes, branches, before or [[]] * len(scenes)):
         for prompt, completion in group:
-            wanted, wanted_entropy = row_logprobs(backbone, scene, words + prompt, completion, sampler)
+            wanted, wanted_entropy = row_logprobs(backbone, scene, words + prompt, completion, temperature)
             count = len(completion)
             assert mask[row].tolist() == [True] * count + [False] * (mask.shape[1] - count)
             torch.testing.assert_close(logps[row, :count], wanted, atol=1e-4, rtol=0)
-            torch.testing.assert_close(entropy[row, :count], wanted_entropy * sampler, atol=1e-4, rtol=0)  # only GRPO needs it
+            torch.testing.assert_close(entropy[row, :count], wanted_entropy * bool(temperature), atol=1e-4, rtol=0)
             assert logps[row, count:].abs().sum() == 0 and entropy[row, count:].abs().sum() == 0
             row += 1
     assert row == len(logps)
@@ -277,7 +277,7 @@ def test_gradients_equal_those_of_separate_rows(backbone, scenes, rollout):
 
 def test_entropy_carries_no_gradient(backbone, scenes):
     logps, entropy, _ = common.branch_logprobs(
-        backbone, common.encode_scenes(backbone, scenes), make_branches(backbone, [1, 1, 1, 1]), sampler=True
+        backbone, common.encode_scenes(backbone, scenes), make_branches(backbone, [1, 1, 1, 1]), temperature=1.0
     )
     assert logps.requires_grad and not entropy.requires_grad and entropy.any()
 
@@ -289,7 +289,7 @@ def test_logits_in_chunks_give_the_same_values_and_gradients(backbone, scenes):
     for chunk in (10_000, 3):
         calls.clear()
         prefixes = common.encode_scenes(backbone, scenes)
-        logps, entropy, mask = common.branch_logprobs(backbone, prefixes, branches, sampler=True, chunk=chunk)
+        logps, entropy, mask = common.branch_logprobs(backbone, prefixes, branches, temperature=1.0, chunk=chunk)
         results.append((logps.detach(), entropy, gradients(backbone, (logps * uneven(mask.shape)).sum())))
     assert mask.sum() > 30 and max(calls) == 3 and min(calls) < 3  # many chunks, the last of them not full
     assert sum(calls) == 2 * mask.sum()  # made again in the backward pass, not kept for it
@@ -521,7 +521,8 @@ def test_train_mode_with_checkpointing_does_not_change_generation(backbone, scen
     assert common.branch_generate(backbone, prefixes, prompts, 12) == wanted
 
 
-def test_the_scorer_sees_the_distribution_of_the_sampler(backbone, scenes, monkeypatch):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_scorer_sees_the_distribution_of_the_sampler(backbone, scenes, monkeypatch, temperature):
     """The log-probability that each token was drawn with equals the one that branch_logprobs gives it."""
     backbone.stop = [-1]  # so that no row is dropped and rows of the sampler are rows of the scorer
     drawn, sample = [], common.sample_tokens
@@ -530,17 +531,18 @@ def test_the_scorer_sees_the_distribution_of_the_sampler(backbone, scenes, monke
         sample(backbone, state, hidden)
         logits = backbone.model.lm_head(hidden)
         logits[:, backbone.forbidden] = -torch.inf
-        drawn.append(logits.log_softmax(-1).gather(-1, state.token[:, None])[:, 0])
+        drawn.append((logits / temperature).log_softmax(-1).gather(-1, state.token[:, None])[:, 0])
 
     monkeypatch.setattr(common, "sample_tokens", draw)
     torch.manual_seed(0)
     words = [encode(backbone, question + common.BRANCH_END) for question in QUESTIONS]
     prefixes = [common.extend_prefix(p, ids) for p, ids in zip(common.encode_scenes(backbone, scenes), words)]
-    groups = common.branch_generate(backbone, prefixes, [[[]] * count for count in (3, 1, 2, 2)], 9, temperature=1.0)
+    groups = common.branch_generate(backbone, prefixes, [[[]] * count for count in (3, 1, 2, 2)], 9, temperature)
     assert len({tuple(text) for text in groups[0]}) == 3  # sampled, not greedy
     with torch.no_grad():
-        logps = common.branch_logprobs(backbone, prefixes, [[([], text) for text in group] for group in groups], True)[0]
-        whole = [row_logprobs(backbone, s, w, text, True)[0] for s, w, group in zip(scenes, words, groups) for text in group]
+        branches = [[([], text) for text in group] for group in groups]
+        logps = common.branch_logprobs(backbone, prefixes, branches, temperature)[0]
+        whole = [row_logprobs(backbone, s, w, text, temperature)[0] for s, w, group in zip(scenes, words, groups) for text in group]
     torch.testing.assert_close(logps, torch.stack(drawn, dim=1), atol=1e-4, rtol=0)
     torch.testing.assert_close(logps, torch.stack(whole), atol=1e-4, rtol=0)
 
@@ -599,7 +601,7 @@ def test_row_logprobs_equal_the_models_own(backbone, scenes):
     for scene, prefix in zip(scenes, common.encode_scenes(backbone, scenes)):
         ((prompt, completion),) = make_branches(backbone, [1], shift=1)[0]
         got = common.row_logprobs(backbone, common.extend_prefix(prefix, prompt), completion)
-        wanted, _ = row_logprobs(backbone, scene, prompt, completion, sampler=True)
+        wanted, _ = row_logprobs(backbone, scene, prompt, completion, temperature=1.0)
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
 
 
@@ -628,12 +630,12 @@ def test_the_sampler_with_merged_layers_stays_near_the_scorer(tiny_model, scenes
     torch.manual_seed(0)
     groups = common.branch_generate(backbone, prefixes, [[[]] * 4] * 4, 16, 1.0)
     with torch.no_grad():
-        logps = common.branch_logprobs(backbone, prefixes, [[([], text) for text in group] for group in groups], True)[0]
+        logps = common.branch_logprobs(backbone, prefixes, [[([], text) for text in group] for group in groups], 1.0)[0]
     gap = (torch.stack(drawn, dim=1) - logps).abs()
     assert gap.mean() < mean and gap.max() < most
     assert all(merged) and "forward" not in vars(plain_path)  # the copies are gone
     with torch.no_grad(), backbone.model.disable_adapter():
-        without = common.branch_logprobs(backbone, prefixes, [[([], text) for text in group] for group in groups], True)[0]
+        without = common.branch_logprobs(backbone, prefixes, [[([], text) for text in group] for group in groups], 1.0)[0]
     assert (logps - without).abs().mean() > 3 * gap.mean()  # and the adapter was in them
 
 

@@ -291,7 +291,7 @@ def test_special_tokens_in_a_completion_cost_the_format(backbone):
     assert common.decode(backbone, answer + stop) == "<answer>A</answer>" == common.decode(backbone, answer)
     with torch.no_grad():
         prefix = common.Prefix(torch.arange(20, 30), torch.arange(10).expand(3, -1), None, 10)
-        logps = common.branch_logprobs(backbone, [prefix], [[([], [ids("<|im_start|>")])]], sampler=True)[0]
+        logps = common.branch_logprobs(backbone, [prefix], [[([], [ids("<|im_start|>")])]], temperature=1.0)[0]
     assert logps.item() == -math.inf  # as in the sampler
 
 
@@ -426,8 +426,8 @@ def test_adapter_on_equals_adapter_off_at_step_0_and_the_kl_is_exactly_0(backbon
     branches = [[([], ids) for ids in group] for group in groups]
     backbone.model.train()
     with torch.no_grad(), backbone.model.disable_adapter():
-        reference = common.branch_logprobs(backbone, prefixes, branches, sampler=True)[0]
-    logps, _, mask = common.branch_logprobs(backbone, prefixes, branches, sampler=True)
+        reference = common.branch_logprobs(backbone, prefixes, branches, temperature=1.0)[0]
+    logps, _, mask = common.branch_logprobs(backbone, prefixes, branches, temperature=1.0)
     assert logps.requires_grad and torch.equal(logps, reference) and (logps < 0).any()
     zero, count = torch.zeros(len(mask)), (len(mask), int(mask.sum()))
     loss, stats = stage3_grpo.grpo_loss(logps, logps.detach(), reference, zero, mask, settings, *count)
@@ -478,7 +478,7 @@ def test_every_process_starts_from_the_same_adapter(tiny_model):
 
 
 def test_the_reference_stays_the_starting_policy(backbone, tiny_model, ladder_data, monkeypatch, tmp_path):
-    settings = settings_of()
+    settings = settings_of(temperature=0.7)
     with_adapter(backbone, settings, moved=True)
     monkeypatch.setattr(stage3_grpo, "rewards", paid([1, 0, 0], [0, 1, 0]))
     scored = spy(monkeypatch, stage3_grpo.common, "branch_logprobs")
@@ -488,9 +488,9 @@ def test_the_reference_stays_the_starting_policy(backbone, tiny_model, ladder_da
     for call in losses:
         logps, old, reference, _, mask = call.args[:5]
         assert torch.equal(logps, old) and not torch.allclose(logps, reference)
-        _, prefixes, branches = next(c for c in scored if c.out[0] is logps or torch.equal(c.out[0], logps)).args
+        _, prefixes, branches, _ = next(c for c in scored if c.out[0] is logps or torch.equal(c.out[0], logps)).args
         with torch.no_grad():
-            assert torch.allclose(common.branch_logprobs(plain, prefixes, branches, sampler=True)[0], reference, atol=1e-5)
+            assert torch.allclose(common.branch_logprobs(plain, prefixes, branches, temperature=0.7)[0], reference, atol=1e-5)
     assert metrics[0]["kl"] > 0
 
 
@@ -539,7 +539,7 @@ def test_a_step_raises_what_beat_its_siblings(backbone, ladder_data, monkeypatch
     advantages = torch.cat([call.args[3] for call in losses])
     before = torch.cat([call.args[0].detach().sum(1) for call in losses])
     with torch.no_grad():
-        after = common.branch_logprobs(backbone, prefixes, branches, sampler=True)[0].sum(1)
+        after = common.branch_logprobs(backbone, prefixes, branches, temperature=1.0)[0].sum(1)
     assert sorted(advantages.sign().view(2, 3).tolist()) == [[-1, 1, -1], [1, -1, -1]]  # short prefixes are scored first
     assert ((after - before) * advantages).sum() > 0
 
