@@ -54,7 +54,7 @@ class GRPOSettings(runs.TrainSettings):
     cold_mix: float = setting(0.0, "cold start: rows of the stages before that are mixed in, for each trace")
     cold_format: float = setting(1.1, "cold start: stop when this share of sampled completions is well formed and legal")
     cold_eval_every: int = setting(100, "cold start: steps between measurements of that share")
-    types: list[str] = word_list("question types that GRPO asks, such as 'object size'; none: all")
+    types: list[str] = word_list("question types that GRPO asks, such as 'object size'; all: every type")
     group_size: int = setting(8, "G: completions sampled for a question")
     max_new_tokens: int = setting(1024, "longest completion")
     temperature: float = setting(1.0, "of the policy, when it samples and when it is scored")

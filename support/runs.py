@@ -234,6 +234,8 @@ def parse_settings(cls, presets, stage, before="", argv=None):
             parser.error(f"--{part.name} {value}: give {'0 or more' if zero else 'more than 0'}")
     if hasattr(settings, "instruction"):
         settings.instruction = common.read_instructions(settings.instruction)
+    if getattr(settings, "types", None) == ["all"]:
+        settings.types = []
     settings.data = settings.data or f"data/{preset}"
     settings.out = settings.out or f"runs/{preset}/{stage}"
     if before and not settings.model:

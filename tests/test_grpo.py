@@ -657,3 +657,20 @@ def test_a_third_reward_term_is_added_and_logged_by_its_name(backbone, ladder_da
     sample = common.read_jsonl(tmp_path / "run" / "samples.jsonl")[0]
     assert sample["length"] == -float(len(sample["text"])) and {"format", "accuracy", "advantage"} <= set(sample)
     assert losses and (tmp_path / "run" / "curves.png").is_file()
+
+
+def test_types_restrict_grpo_and_not_the_cold_start(tiny_model, ladder_data, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(stage3_grpo, "cold_packs", lambda settings, backbone: seen.append(settings.types) or [])
+    settings = settings_of(model=str(tiny_model), data=str(ladder_data), out=str(tmp_path / "stage3"), types=["object size"])
+    with pytest.raises(SystemExit, match="nothing to learn"):
+        stage3_grpo.cold_start(settings)
+    assert seen == [[]]
+
+
+def test_types_all_overrides_the_types_of_the_preset():
+    def types(*argv):
+        return runs.parse_settings(stage3_grpo.GRPOSettings, stage3_grpo.PRESETS, "stage3", "stage2", argv=list(argv)).types
+
+    assert types() == ["relative direction", "relative distance"] and types("--types", "all") == []
+    assert types("--preset", "3b") == [] and types("--types", "object size") == ["object size"]
