@@ -77,7 +77,7 @@ PRESETS = {
     "toy": {
         "load": "fp32", "keep_features": True, "micro_batch": 4, "lr": 1e-3, "lora_rank": 32, "lora_alpha": 32, "steps": 60,
         "train_batch": 16, "group_size": 8, "max_new_tokens": 224, "locate": 0.2, "beta": 0.03, "warmup": 0.05,
-        # Colder samples, and only questions whose answer is right or wrong: both make the reward say more about the thought.
+        # At temperature 1 one unlikely token spoils many samples; these types have answers that are right or wrong.
         "temperature": 0.5, "types": ["relative direction", "relative distance"],
         "cold_lr": 3e-4, "cold_muon_lr": 0.003, "cold_tune": "full", "cold_optimizer": "muon", "cold_steps": 240,
         "cold_mix": 2.0, "cold_eval_every": 40, "eval_every": 20, "save_every": 30,
