@@ -42,7 +42,7 @@ ARMS = {
     "without stage 1": (("stage2", "coldstart", "stage3"), "stage2", "", "think"),
     "without stage 2": (("stage1", "coldstart", "stage3"), "stage3", "", "think"),
     "without cold start": (("stage1", "stage2", "stage3"), "stage3", "--cold_start false", "think"),
-    "without GRPO": (("stage1", "stage2", "coldstart"), "coldstart", "", "think"),
+    "without GRPO": (("stage1", "stage2", "coldstart"), "coldstart", "--cold_format 1.1", "think"),
     "without thinking": (("stage1", "stage2"), "stage2", "--worked 0 --direct 1", "direct"),
     "direct RL from stage 1": (("stage1", "stage3"), "stage3", "--cold_start false", "think"),
 }
